@@ -1,0 +1,44 @@
+"""Noise processes: how a noise level mixes data and noise, and what the model is asked for."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+
+class NoiseProcess(Protocol):
+    """One way from data to noise.
+
+    Noise levels travel as `timesteps` [B] float32 in 0..1000 units and, in flow families, `sigmas` [B] in [0, 1].
+    """
+
+    def sample(self, generators: Sequence[Generator], latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Draw the noise level of each item from its own generator: (timesteps, sigmas or None)."""
+        ...
+
+    def at(self, timesteps: Tensor) -> Tensor | None:
+        """Sigmas of given timesteps (None where the process has none)."""
+        ...
+
+    def mix(self, latents: Tensor, noise: Tensor, timesteps: Tensor, sigmas: Tensor | None) -> Tensor:
+        """Noisy latents, float32."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should predict, float32."""
+        ...
+
+    def weight(self, timesteps: Tensor, sigmas: Tensor | None) -> Tensor | None:
+        """Loss weight of each sample [B], or None for 1."""
+        ...
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, ...] with the rank of `like`."""
+    return values.view(-1, *([1] * (like.ndim - 1)))
+
+
+def fixed_timesteps(low: int, high: int, count: int) -> list[int]:
+    """Inner points of an even grid over [low, high]: 0..1000 and 4 gives 200, 400, 600, 800."""
+    return [int(value) for value in torch.linspace(low, high, count + 2, dtype=torch.float64)[1:-1]]
