@@ -1,0 +1,58 @@
+"""T5 encoders, with sizes read from tensor shapes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.base.errors import CheckpointError
+from library.base.safetensors_io import TensorFile
+from library.modules.loading import highest_index, load_module, merge_config, readers
+
+_SHARED = "shared.weight"
+_TIED = "encoder.embed_tokens.weight"
+_ATTENTION = "encoder.block.0.layer.0.SelfAttention"
+
+
+def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Sizes of a T5 v1.1 encoder (gated GELU, no tied output) from the shapes of its Hugging Face names."""
+    vocab_size, d_model = shapes[_SHARED]
+    buckets, heads = shapes[f"{_ATTENTION}.relative_attention_bias.weight"]
+    return {
+        "vocab_size": vocab_size,
+        "d_model": d_model,
+        "d_kv": shapes[f"{_ATTENTION}.q.weight"][0] // heads,
+        "d_ff": shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        "num_layers": highest_index(shapes, r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def load_t5_encoder(file: TensorFile, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """transformers' T5EncoderModel from a file with Hugging Face names.
+
+    Raises:
+        CheckpointError: not a T5 encoder, or tensors are missing.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    names = {name: name for name in file.names if not name.startswith(("decoder.", "lm_head."))}
+    if _SHARED not in names and _TIED in names:
+        names[_SHARED] = names[_TIED]
+    if _SHARED not in names or f"{_ATTENTION}.relative_attention_bias.weight" not in names:
+        raise CheckpointError(str(file.path), message="holds no T5 encoder (no shared embedding or relative bias)")
+    inferred = t5_config({name: file.shapes[stored] for name, stored in names.items()})
+    config = T5Config(**merge_config(inferred, file, fixed=inferred), feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    names[_TIED] = names[_SHARED]
+    module = load_module(
+        lambda: T5EncoderModel(config),
+        readers(file, names),
+        path=file.path,
+        part="T5 encoder",
+        dtype=dtype,
+        device=device,
+    )
+    module.encoder.embed_tokens.weight = module.shared.weight  # one table, as published
+    return module

@@ -1,0 +1,67 @@
+"""Find and load tokenizers without asking the network when a local copy exists."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from library.base.errors import UserError
+
+_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
+
+
+def find_tokenizer(hub_id: str, *, cache_dir: str | None, beside: Sequence[Path] = ()) -> Path | None:
+    """A local folder of the tokenizer, or None.
+
+    Looked for beside the text encoder, then in `<cache_dir>/<hub id with / as _>`.
+    """
+    folder = hub_id.replace("/", "_")
+    candidates = [*beside, *(place.parent / folder for place in beside)]
+    if cache_dir:
+        candidates.append(Path(cache_dir) / folder)
+    return next((place for place in candidates if _holds_tokenizer(place)), None)
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in _FILES)
+
+
+def load_tokenizer(class_name: str, hub_id: str, *, cache_dir: str | None, beside: Sequence[Path] = ()) -> Any:
+    """A transformers tokenizer from a local folder, else from the hub.
+
+    Raises:
+        UserError: found nowhere; the text lists the places and says how to provide it.
+    """
+    import transformers
+
+    tokenizer_class = getattr(transformers, class_name)
+    local = find_tokenizer(hub_id, cache_dir=cache_dir, beside=beside)
+    if local is not None:
+        return tokenizer_class.from_pretrained(local, local_files_only=True)
+    try:
+        tokenizer = tokenizer_class.from_pretrained(hub_id)
+    except (OSError, ValueError) as error:
+        places = ", ".join(str(place) for place in beside) or "the text encoder's folder"
+        raise UserError(
+            "--tokenizer_cache_dir",
+            cache_dir,
+            f"the tokenizer {hub_id!r} is not there, not beside the model ({places}), and the hub did not give it; "
+            f"put its files into <tokenizer_cache_dir>/{hub_id.replace('/', '_')}",
+        ) from error
+    if cache_dir:
+        tokenizer.save_pretrained(Path(cache_dir) / hub_id.replace("/", "_"))
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, embedding_rows: int, *, name: str, extra_ids: Iterable[int] = ()) -> None:
+    """Stop when the tokenizer can produce ids that the text encoder's embedding table does not have.
+
+    Raises:
+        UserError: tokenizer and text encoder do not belong together.
+    """
+    largest = max([max(tokenizer.get_vocab().values()), *extra_ids])
+    if largest >= embedding_rows:
+        raise UserError(
+            "--tokenizer_cache_dir",
+            message=f"the {name} tokenizer makes ids up to {largest}, but its text encoder has only {embedding_rows} "
+            "embeddings: they do not belong together",
+        )

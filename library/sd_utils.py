@@ -1,0 +1,127 @@
+"""Load Stable Diffusion 1.x from a single checkpoint file."""
+
+from pathlib import Path
+from typing import Any
+
+from library.base.errors import CheckpointError
+from library.base.safetensors_io import TensorFile
+from library.modules.clip import load_clip_text
+from library.modules.components import Components, Need, Variant
+from library.modules.loading import load_module, merge_config, readers
+from library.modules.published_view import published_view
+from library.modules.vae import load_vae
+from library.options.schema import OptionSet
+from library.sd_models import unet_config, unet_names
+
+_UNET = "model.diffusion_model."
+_VAE = "first_stage_model."
+_TEXT = "cond_stage_model.transformer."
+_TEXT_V2 = "cond_stage_model.model."
+
+
+def open_checkpoint(path: str) -> TensorFile:
+    """The checkpoint file of a run, checked to be a Stable Diffusion 1.x file.
+
+    Raises:
+        CheckpointError: missing file, a directory, or another model family.
+    """
+    if Path(path).is_dir():
+        raise CheckpointError(
+            "--pretrained_model_name_or_path",
+            path,
+            "is a folder; this version reads single-file checkpoints (.safetensors or .ckpt)",
+        )
+    file = TensorFile(path)
+    names = file.names
+    if f"{_UNET}label_emb.0.0.weight" in file:
+        raise CheckpointError(path, message="is an SDXL checkpoint; use the sdxl_* scripts")
+    if any(name.startswith(_TEXT_V2) for name in names):
+        raise CheckpointError(path, message="is a Stable Diffusion 2.x checkpoint; this version trains 1.x")
+    if f"{_UNET}input_blocks.0.0.weight" not in file:
+        raise CheckpointError(
+            path, message=f"holds no Stable Diffusion U-Net (no tensor {_UNET}input_blocks.0.0.weight)"
+        )
+    return file
+
+
+def detect_variant(file: TensorFile) -> Variant:
+    """Sizes of the U-Net in an opened checkpoint; no weights are read."""
+    config = unet_config({ours: file.shapes[theirs] for ours, theirs in _unet_tensors(file).items()})
+    return Variant(name="v1", base_model_version="sd_v1", config=config)
+
+
+def _unet_tensors(file: TensorFile) -> dict[str, str]:
+    """diffusers name -> name in the file."""
+    bare = [name.removeprefix(_UNET) for name in file.names if name.startswith(_UNET)]
+    return {ours: _UNET + theirs for ours, theirs in unet_names(bare).items()}
+
+
+def load_unet(file: TensorFile, need: Need) -> Any:
+    """diffusers' UNet2DConditionModel with the checkpoint's weights."""
+    from diffusers import UNet2DConditionModel
+
+    names = _unet_tensors(file)
+    config = merge_config(
+        unet_config({ours: file.shapes[theirs] for ours, theirs in names.items()}),
+        file,
+        fixed=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"),
+    )
+    return load_module(
+        lambda: UNet2DConditionModel(**config),
+        readers(file, names),
+        path=file.path,
+        part="U-Net",
+        dtype=need.dtype,
+        device=need.device,
+    )
+
+
+def inspect(options: OptionSet) -> Variant:
+    """Read the headers of every file the run names, before any weights load.
+
+    Raises:
+        CheckpointError: a missing, damaged or foreign file.
+    """
+    if options.value("vae"):
+        TensorFile(options.value("vae"))
+    return detect_variant(open_checkpoint(options.value("pretrained_model_name_or_path")))
+
+
+def load_components(options: OptionSet, need: Need) -> Components:
+    """The parts of the model that `need` asks for.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, incomplete or of another family.
+    """
+    file = open_checkpoint(options.value("pretrained_model_name_or_path"))
+    vae = None
+    if need.vae:
+        own = options.value("vae")
+        vae_file, prefix = (TensorFile(own), _vae_prefix(own)) if own else (file, _VAE)
+        vae = load_vae(vae_file, prefix, dtype=need.vae_dtype, device=need.device)
+    encoder = load_clip_text(file, _TEXT, dtype=need.dtype, device=need.device) if need.text_encoders else None
+    return Components(
+        denoiser=(unet := load_unet(file, need) if need.denoiser else None),
+        vae=vae,
+        text_encoders=[encoder],
+        variant=detect_variant(file),
+        source=file.path,
+        published_denoiser=unet,
+        published_text_encoders=[None if encoder is None else published_view(encoder, "clip")],
+    )
+
+
+def _vae_prefix(path: str) -> str:
+    """Separate VAE files hold bare names or those of a whole checkpoint."""
+    return _VAE if any(name.startswith(_VAE) for name in TensorFile(path).names) else ""
+
+
+def model_spec(variant: Variant) -> dict[str, str]:
+    """Family entries of the modelspec metadata."""
+    del variant
+    return {
+        "architecture": "stable-diffusion-v1",
+        "implementation": "diffusers",
+        "resolution": "512x512",
+        "prediction_type": "epsilon",
+    }

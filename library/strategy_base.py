@@ -1,0 +1,120 @@
+"""The five strategies of a model family: how it tokenizes, encodes, caches, noises and predicts.
+
+Strategies hold configuration, never models: models are arguments, so one object serves training, caching and inference,
+and can be sent to worker processes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from library.batch import Conditioning, StepInputs
+from library.diffusion.process import NoiseProcess
+from library.sampling.prompts import SampleDefaults, SampleRequest
+
+
+class TokenizeStrategy(ABC):
+    """Captions to token ids."""
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
+        """int64 tensors of the batch: one per tokenizer, then attention masks where the family needs them."""
+
+    @abstractmethod
+    def check_vocabularies(self, encoders: Sequence[nn.Module | None]) -> None:
+        """Raise UserError when a tokenizer can make ids that its encoder has no embedding for."""
+
+
+class TextEncodingStrategy(ABC):
+    """Token ids to conditioning."""
+
+    @abstractmethod
+    def encode_tokens(self, tokens: Sequence[Tensor], encoders: Sequence[nn.Module | None]) -> Conditioning:
+        """Run the encoders; grad mode and autocast are the caller's. An absent encoder leaves its fields None."""
+
+    def trained_encoders(self, encoders: Sequence[nn.Module | None], network: nn.Module) -> list[bool]:
+        """Which encoders an adapter changes when text encoders are trained at all."""
+        del network
+        return [encoder is not None for encoder in encoders]
+
+    @abstractmethod
+    def blocks(self, encoder: nn.Module) -> list[nn.Module]:
+        """The repeated blocks of one of the family's encoders, for gradient checkpointing."""
+
+
+class LatentsCachingStrategy(ABC):
+    """Images to latents as the family's cache holds them."""
+
+    suffix: ClassVar[str]
+
+    @abstractmethod
+    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
+        """[B, 3, h, w] in [-1, 1] -> [B, C, H, W] float32, the posterior's mode."""
+
+    @abstractmethod
+    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+        """As `encode`, but a posterior sample made with the given unit noise [B, C, H, W]."""
+
+
+class TextEncoderOutputsCachingStrategy(ABC):
+    """Conditioning as the family's cache files hold it."""
+
+    suffix: ClassVar[str]
+
+
+class DenoisingStrategy(ABC):
+    """How a family noises, is called, and is judged: all that the loss path needs."""
+
+    process: NoiseProcess
+    latent_channels: int
+    spatial_factor: int
+    sample_defaults: SampleDefaults
+
+    @abstractmethod
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The repeated blocks, in execution order: the units of checkpointing, compiling and swapping."""
+
+    @abstractmethod
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """Cached latents -> what noise is added to."""
+
+    @abstractmethod
+    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Model-space latents [B, C, H, W] -> images [B, 3, h, w] in [-1, 1]."""
+
+    @abstractmethod
+    def predict(self, denoiser: nn.Module, inputs: StepInputs, conditioning: Conditioning) -> Tensor:
+        """Prediction [B, C, H, W] in the units of `inputs.target`."""
+
+    @abstractmethod
+    def sample_latents(
+        self,
+        denoiser: nn.Module,
+        request: SampleRequest,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        noise: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Denoise unit noise [1, C, H, W]; `negative` is None without classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """The strategies of one model in one run."""
+
+    tokenize: TokenizeStrategy
+    text_encoding: TextEncodingStrategy
+    latents_caching: LatentsCachingStrategy
+    text_outputs_caching: TextEncoderOutputsCachingStrategy | None
+    denoising: DenoisingStrategy
+    conditioning: type[Conditioning]
+
+
+def guided(positive: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+    """Classifier-free guidance: negative + scale * (positive - negative) (Ho and Salimans, 2022)."""
+    return positive if negative is None else negative + scale * (positive - negative)
