@@ -1,0 +1,64 @@
+"""Where the text conditioning of a batch comes from."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from library.batch import Conditioning
+from library.strategy_base import Strategies
+
+
+class ConditioningSource:
+    """Conditioning of captions: cached, encoded now, or both where only some encoders are trained.
+
+    Args:
+        strategies: of the family.
+        encoders: loaded text encoders, None where one is absent.
+        trained: which of them an adapter changes.
+        cached: caption -> conditioning with the outputs of the untrained encoders, or None.
+        device: where conditioning is needed.
+        autocast: makes the context the encoders run in.
+    """
+
+    def __init__(
+        self,
+        strategies: Strategies,
+        encoders: Sequence[nn.Module | None],
+        trained: Sequence[bool],
+        cached: Mapping[str, Conditioning] | None,
+        device: torch.device,
+        autocast: "type[AbstractContextManager[None]] | object",
+    ) -> None:
+        self.strategies = strategies
+        self.encoders = list(encoders)
+        self.trained = list(trained)
+        self.cached = cached
+        self.device = device
+        self.autocast = autocast
+
+    def encode(self, captions: Sequence[str], encoders: Sequence[nn.Module | None]) -> Conditioning:
+        """Run the given encoders; grad mode is the caller's."""
+        tokens = self.strategies.tokenize.tokenize(captions)
+        with self.autocast():
+            return self.strategies.text_encoding.encode_tokens(tokens, encoders).to(self.device)
+
+    def get(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of a batch; with gradients for trained encoders only."""
+        live = [encoder if on else None for encoder, on in zip(self.encoders, self.trained)]
+        if self.cached is not None:
+            found = self.strategies.conditioning.collate([self.cached[caption] for caption in captions]).to(self.device)
+        else:
+            rest = [None if on else encoder for encoder, on in zip(self.encoders, self.trained)]
+            if not any(self.trained):
+                with torch.no_grad():
+                    return self.encode(captions, rest)
+            with torch.no_grad():
+                found = self.encode(captions, rest)
+        return found.merged(self.encode(captions, live)) if any(self.trained) else found
+
+    def for_prompt(self, prompt: str) -> Conditioning:
+        """Conditioning of a sample prompt, without gradients."""
+        with torch.no_grad():
+            return self.get([prompt])

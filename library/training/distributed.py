@@ -1,0 +1,77 @@
+"""Processes, devices and the sum of gradients over ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from library.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    accelerator: Accelerator
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.accelerator.is_main_process
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all ranks; a rank without one contributes zero."""
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        flat = _flatten_dense_tensors(gradients)
+        torch.distributed.all_reduce(flat)
+        for gradient, summed in zip(gradients, _unflatten_dense_tensors(flat, gradients)):
+            gradient.copy_(summed)
+
+    def sum_values(self, values: Tensor) -> Tensor:
+        """Sum of a small tensor over all ranks."""
+        return values if self.world_size == 1 else self.accelerator.reduce(values, "sum")
+
+    def broadcast(self, parameters: Sequence[Tensor]) -> None:
+        """Give every rank the values of rank 0."""
+        if self.world_size > 1:
+            for parameter in parameters:
+                torch.distributed.broadcast(parameter.data, src=0)
+
+
+def start_processes(mixed_precision: str, log_with: str | None, logging_dir: str | None) -> Processes:
+    """The accelerator of this process, as `accelerate launch` describes it.
+
+    Raises:
+        UserError: the device has no such precision.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, log_with=log_with, project_dir=logging_dir)
+    except ValueError as error:
+        message = f"cannot be used on this machine: {error}"
+        raise UserError("--mixed_precision", mixed_precision, message) from error
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision", "fp16", "the CPU cannot train in fp16; use bf16 or no")
+    return Processes(accelerator)

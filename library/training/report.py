@@ -1,0 +1,194 @@
+"""What a run says before, while and after it trains."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from library.base.logs import logger
+from library.checkpoint.saver import Names
+from library.tracking.events import EventLog
+from library.tracking.metrics import LossAverage
+from library.tracking.plot import plot_losses
+from library.training.memory import peak_bytes, readable
+from library.training.plan import RunPlan, bucket_rows
+from library.training.state import TrainState
+
+
+def plan_rows(plan: RunPlan, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The plan as (name, value) lines.
+
+    Args:
+        plan: what will be done.
+        facts: further lines from the family and the task.
+    """
+    rows = [("model", f"{facts.pop('family')} {plan.variant.name}")]
+    for number, images in enumerate(plan.images.train):
+        size = "x".join(map(str, images.plan.resolution))
+        kind = "buckets" if images.plan.enable_bucket else "one size"
+        rows.append((f"dataset {number}", f"{size} ({kind}), batch size {images.plan.batch_size}"))
+        for index, subset in enumerate(images.plan.subsets):
+            members = [n for n, record in enumerate(images.records) if record.subset == index]
+            captioned = sum(bool(images.records[n].caption) for n in members)
+            visits = sum(images.repeats[n] for n in members)
+            kind = ", regularization" if subset.is_reg else ""
+            text = f"{len(members)} images, {captioned} with caption, {visits} visits per epoch{kind}"
+            rows.append((f"  {subset.name}", text))
+    for number, bucket, count, loss in bucket_rows(plan.images):
+        rows.append(
+            (f"  bucket {bucket[0]}x{bucket[1]}", f"dataset {number}: {count} per epoch, {loss:.1%} cropped away")
+        )
+    held_out = sum(len(images.records) for images in plan.images.validation)
+    if held_out:
+        rows.append(("validation", f"{held_out} images kept out of training"))
+    per_step = f"{plan.accumulation} x {plan.world_size} process" + ("es" if plan.world_size > 1 else "")
+    rows += [
+        ("batches per epoch", f"{plan.num_batches}, {per_step} per optimizer step"),
+        ("optimizer steps", f"{plan.max_steps} ({plan.steps_per_epoch} per epoch, {plan.num_epochs} epochs)"),
+        ("seed", str(plan.seed)),
+        ("precision", f"weights {_name(plan.dtype)}, VAE {_name(plan.vae_dtype)}"),
+    ]
+    return rows + [(name, str(value)) for name, value in facts.items()]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def table(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Rows of two columns under a title."""
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+    rule = "-" * min(110, max(len(line) for line in lines))
+    return "\n".join([title, rule, *lines, rule])
+
+
+class Progress:
+    """The progress line, trackers and event log of a run.
+
+    Losses stay on the device and are read one step late, so that looking at them never makes the device wait.
+
+    Args:
+        plan: what is done.
+        state: where it is.
+        device: where the model computes.
+        events: machine-readable log.
+        track: sends values to trackers: (values, step).
+        show: whether to draw the line.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        state: TrainState,
+        device: torch.device,
+        events: EventLog,
+        track: Callable[[dict[str, float], int], None],
+        *,
+        show: bool,
+    ) -> None:
+        self.state = state
+        self.device = device
+        self.events = events
+        self.track = track
+        self.average = LossAverage(plan.steps_per_epoch)
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.validation: list[tuple[int, float]] = []
+        self._pending: tuple[int, Tensor, dict[str, float | Tensor], float] | None = None
+        self._bar = tqdm(total=plan.max_steps, initial=state.step, desc="steps", disable=not show, dynamic_ncols=True)
+        self._waited = 0.0
+        self._started = time.monotonic()
+
+    def waited(self, seconds: float) -> None:
+        """Time the loop stood still for data."""
+        self._waited += seconds
+
+    def step_end(self, loss: Tensor, values: Mapping[str, float | Tensor]) -> None:
+        """One optimizer step is done.
+
+        Args:
+            loss: mean loss of its micro-steps, on the device.
+            values: learning rates and other numbers, by tracker name.
+        """
+        self.flush()
+        self._pending = self.state.step, loss, dict(values), self._waited
+        self._waited = 0.0
+        self._bar.update(1)
+        if self.state.finished or self.device.type == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the loss that is still on the device."""
+        if self._pending is None:
+            return
+        step, tensor, pending, waited = self._pending
+        self._pending = None
+        loss = float(tensor)
+        values = {name: float(value) for name, value in pending.items()}
+        self.average.add(loss)
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.track({"loss/current": loss, "loss/average": self.average.value, **values}, step)
+        self.events.write("step", step=step, epoch=self.state.epoch, loss=loss, data_wait=round(waited, 4), **values)
+        if not self._bar.disable:
+            rate = next((value for name, value in values.items() if name.startswith("lr/")), 0.0)
+            peak = readable(peak_bytes(self.device))
+            text = f"loss={loss:.4f} avg={self.average.value:.4f} lr={rate:.2e} wait={waited * 1000:.0f}ms peak={peak}"
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def epoch_end(self, epoch: int) -> None:
+        """An epoch is complete."""
+        self.flush()
+        self.track({"loss/epoch_average": self.average.value}, epoch)
+        self.events.write("epoch", epoch=epoch, step=self.state.step, loss=self.average.value)
+
+    def validated(self, loss: float, step: int, *, per_epoch: bool) -> None:
+        """A validation is done."""
+        self.flush()
+        self.validation.append((step, loss))
+        kind = "epoch" if per_epoch else "step"
+        divergence = loss - self.average.value if self.losses else float("nan")
+        values = {f"loss/validation/{kind}_average": loss}
+        if self.losses:
+            values[f"loss/validation/{kind}_divergence"] = divergence
+        self.track(values, step)
+        self.events.write("validation", step=step, epoch=self.state.epoch, loss=loss)
+        self.say(f"validation loss at step {step}: {loss:.5f}")
+
+    def say(self, text: str) -> None:
+        """A message above the progress line."""
+        self._bar.clear()
+        logger.info("%s", text)
+
+    def close(self) -> None:
+        """Finish the line."""
+        self.flush()
+        self._bar.close()
+
+    def summary(self, names: Names, saved: Sequence[Path], usage: str) -> str:
+        """Draw the loss plot and describe what the run left behind."""
+        rows = [("results", ", ".join(str(path) for path in saved))]
+        seconds = time.monotonic() - self._started
+        if self.losses:
+            plot = names.beside("_loss.png")
+            plot_losses(plot, self.steps, self.losses, self.validation, names.base or "training")
+            tail = self.losses[-max(1, len(self.losses) // 10) :]
+            first = self.losses[: max(1, len(self.losses) // 10)]
+            rows += [
+                ("steps", f"{self.state.step} in {seconds:.0f} s"),
+                ("loss", f"{sum(first) / len(first):.5f} at first, {sum(tail) / len(tail):.5f} at last"),
+                ("loss plot", str(plot)),
+            ]
+        if len(self.validation) > 1:
+            before, after = self.validation[0][1], self.validation[-1][1]
+            change = (after - before) / before
+            rows.append(("validation", f"{before:.5f} before, {after:.5f} after ({change:+.1%})"))
+        if self.events.path is not None:
+            rows.append(("event log", str(self.events.path)))
+        rows.append(("use it", usage))
+        return table("done", rows)

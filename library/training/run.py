@@ -1,0 +1,217 @@
+"""One training run from checked options to its result."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from library.base.logs import logger
+from library.checkpoint.saver import Names
+from library.family import Family
+from library.options.config import ConfigOptions
+from library.options.debug import RecordOptions
+from library.options.memory import MemoryOptions
+from library.options.network import NetworkOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
+from library.options.saving import SavingOptions
+from library.options.schedule import LengthOptions, ScheduleOptions
+from library.options.schema import OptionSet
+from library.options.tracking import TrackingOptions
+from library.tracking.events import EventLog
+from library.training.build import Setting, build_session
+from library.training.checks import Inspected, inspect_run
+from library.training.distributed import Processes, start_processes
+from library.training.engine import Trainer
+from library.training.memory import available_bytes, module_bytes, readable
+from library.training.plan import (
+    RunPlan,
+    data_workers,
+    training_length,
+    wants_latent_cache,
+    wants_text_cache,
+    weight_dtypes,
+)
+from library.training.replay import Replay
+from library.training.report import plan_rows, table
+from library.training.session import Session
+from library.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        state: where it ended; None after a dry run.
+        saved: result files that are still there.
+        losses: loss of every optimizer step.
+        validation: (step, loss) of every validation.
+    """
+
+    state: TrainState | None
+    saved: tuple[Path, ...] = ()
+    losses: tuple[float, ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
+
+
+def run(family: Family, task: str, options: OptionSet) -> TrainResult:
+    """Train; options are checked already.
+
+    Raises:
+        UserError: everything else that is wrong and can be known before weights load, or a failure that has a remedy.
+    """
+    tracking = options[TrackingOptions]
+    log_folder = _log_folder(tracking)
+    processes = start_processes(
+        options[PrecisionOptions].mixed_precision, "tensorboard" if log_folder else None, log_folder
+    )
+    seed = _shared_seed(options[LengthOptions].seed)
+    inspected = inspect_run(family, options, seed)
+    plan, replay = make_plan(options, inspected, processes, seed)
+    logger.info("%s", table("plan", plan_rows(plan, _facts(family, options, plan, processes))))
+    if options[ConfigOptions].dry_run:
+        logger.info("--dry_run: stopped before training")
+        return TrainResult(None)
+    set_backend_flags(options[PrecisionOptions])
+    events = EventLog(plan.names.beside("_events.jsonl") if processes.is_main else None)
+    events.write("start", family=family.name, task=task, seed=seed, steps=plan.max_steps, epochs=plan.num_epochs)
+    accelerator = processes.accelerator
+    if log_folder:
+        accelerator.init_trackers(tracking.log_tracker_name or family.tracker_name(task, options))
+    setting = Setting(family=family, task_name=task, plan=plan, inspected=inspected, processes=processes)
+    session, saver = build_session(setting, replay, events, lambda values, step: accelerator.log(values, step=step))
+    logger.info("%s", _memory_line(session, processes))
+    state = Trainer(session).run()
+    saved = tuple(saver.saved) if saver else ()
+    finish(session, saved)
+    if log_folder:
+        accelerator.end_training()
+    progress = session.progress
+    return TrainResult(state, saved, tuple(progress.losses), tuple(progress.validation))
+
+
+def finish(session: Session, saved: tuple[Path, ...]) -> None:
+    """Close files and say what there is now."""
+    if session.recorder is not None:
+        session.recorder.close()
+    progress = session.progress
+    if session.processes.is_main:
+        usage = "load it as a LoRA in your image program, or go on with --network_weights " + str(saved[-1])
+        logger.info("%s", progress.summary(session.plan.names, saved, usage))
+    progress.events.write("end", step=session.state.step, epoch=session.state.epoch, saved=[str(p) for p in saved])
+    progress.events.close()
+
+
+def make_plan(
+    options: OptionSet, inspected: Inspected, processes: Processes, seed: int
+) -> tuple[RunPlan, Replay | None]:
+    """All derived facts, and the record to replay if one was named."""
+    length = options[LengthOptions]
+    accumulation = length.gradient_accumulation_steps
+    world_size = processes.world_size
+    dtype, vae_dtype = weight_dtypes(options)
+    num_batches = sum(images.ordered().num_batches() for images in inspected.images.train)
+    per_epoch, steps, epochs = training_length(length, num_batches, accumulation * world_size)
+    saving = options[SavingOptions]
+    cache_latents = wants_latent_cache(options)
+    facts: dict[str, Any] = {
+        "options": options,
+        "variant": inspected.variant,
+        "images": inspected.images,
+        "names": Names(Path(saving.output_dir), saving.output_name, f".{saving.save_model_as or 'safetensors'}"),
+        "seed": seed,
+        "dtype": dtype,
+        "vae_dtype": vae_dtype,
+        "accumulation": accumulation,
+        "world_size": world_size,
+        "num_batches": num_batches,
+        "steps_per_epoch": per_epoch,
+        "max_steps": steps,
+        "num_epochs": epochs,
+        "workers": data_workers(options, reads_images=not cache_latents),
+        "cache_latents": cache_latents,
+        "cache_text": wants_text_cache(options),
+    }
+    plan = RunPlan(**facts)
+    folder = options[RecordOptions].replay_steps
+    if not folder:
+        return plan, None
+    replay = Replay(
+        folder,
+        plan.dataset(),
+        inspected.strategies.denoising,
+        accumulation=accumulation,
+        max_steps=steps,
+        device=processes.device,
+        seed=seed,
+    )
+    # the schedule still spans --max_train_steps; the run ends where the record does
+    facts |= {"num_batches": replay.num_batches, "steps_per_epoch": replay.steps_per_epoch, "num_epochs": 1}
+    return RunPlan(**facts), replay
+
+
+def set_backend_flags(options: PrecisionOptions) -> None:
+    """TF32 and cuDNN autotuning."""
+    import torch
+
+    if options.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if options.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+
+
+def _log_folder(options: TrackingOptions) -> str | None:
+    if not options.logging_dir:
+        return None
+    return str(Path(options.logging_dir) / ((options.log_prefix or "") + datetime.now().strftime("%Y%m%d%H%M%S")))
+
+
+def _shared_seed(given: int | None) -> int:
+    """The seed of the run; a drawn one is the same on every rank."""
+    if given is not None:
+        return given
+    drawn = [random.SystemRandom().randrange(2**32)]
+    return broadcast_object_list(drawn)[0]
+
+
+def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Processes) -> Mapping[str, Any]:
+    """Lines of the plan that come from options alone."""
+    network, optimizer = options[NetworkOptions], options[OptimizerOptions]
+    rates = {
+        "learning rate": optimizer.learning_rate,
+        "unet_lr": network.unet_lr,
+        "text_encoder_lr": network.text_encoder_lr,
+    }
+    caches = [name for name, on in (("latents", plan.cache_latents), ("text", plan.cache_text)) if on]
+    free = available_bytes(processes.device)
+    trained = "denoiser" if network.network_train_unet_only else "denoiser and text encoders"
+    return {
+        "family": family.title,
+        "network": f"{network.network_module or family.default_network}, dim {network.network_dim}, "
+        f"alpha {network.network_alpha:g}, on {trained}",
+        "optimizer": optimizer.optimizer_type or "AdamW",
+        "rates": ", ".join(f"{name} {value}" for name, value in rates.items() if value not in (None, [])),
+        "schedule": f"{options[ScheduleOptions].lr_scheduler}, warm-up {options[ScheduleOptions].lr_warmup_steps}",
+        "in memory": ", ".join(caches) or "nothing cached",
+        "checkpointing": "on" if options[MemoryOptions].gradient_checkpointing else "off",
+        "device": f"{processes.device}" + (f", {readable(free)} free" if free else ""),
+        "results": str(plan.names.final()),
+    }
+
+
+def _memory_line(session: Session, processes: Processes) -> str:
+    """What the loaded parts take, against what is left."""
+    components = session.components
+    frozen = module_bytes([components.denoiser, components.vae, *components.text_encoders])
+    trained = sum(p.numel() * p.element_size() for p in session.optimizer.parameters)
+    free = available_bytes(processes.device)
+    left = f"; {readable(free)} free now" if free else ""
+    return f"memory: model {readable(frozen)}, trained {readable(trained)}, gradients and optimizer about " + (
+        f"{readable(3 * trained)}{left}"
+    )

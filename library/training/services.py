@@ -1,0 +1,160 @@
+"""What happens beside training: samples, saving, validation. Each leaves randomness and modes as it found them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from library.checkpoint.saver import Saver
+from library.options.sampling import SamplingOptions
+from library.sampling.runner import SampleRunner
+from library.training.report import Progress
+from library.training.state import TrainState
+from library.training.validation import Validator
+
+
+class Service(Protocol):
+    """Something that happens at certain moments of a run."""
+
+    def train_start(self, state: TrainState) -> None:
+        """Before the first step."""
+        ...
+
+    def step_end(self, state: TrainState) -> None:
+        """After an optimizer step."""
+        ...
+
+    def epoch_end(self, state: TrainState) -> None:
+        """After a complete epoch; `state.epoch` is the one that ended."""
+        ...
+
+    def train_end(self, state: TrainState) -> None:
+        """After the last step."""
+        ...
+
+
+class ServiceList:
+    """Calls services in their order."""
+
+    def __init__(self, services: Sequence[Service]) -> None:
+        self.services = list(services)
+
+    def train_start(self, state: TrainState) -> None:
+        """See Service."""
+        for service in self.services:
+            service.train_start(state)
+
+    def step_end(self, state: TrainState) -> None:
+        """See Service."""
+        for service in self.services:
+            service.step_end(state)
+
+    def epoch_end(self, state: TrainState) -> None:
+        """See Service."""
+        for service in self.services:
+            service.epoch_end(state)
+
+    def train_end(self, state: TrainState) -> None:
+        """See Service."""
+        for service in self.services:
+            service.train_end(state)
+
+
+class SamplingService:
+    """Makes sample images."""
+
+    def __init__(
+        self, options: SamplingOptions, runner: SampleRunner, evaluating: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.options = options
+        self.runner = runner
+        self.evaluating = evaluating
+
+    def train_start(self, state: TrainState) -> None:
+        """With `--sample_at_first`."""
+        if self.options.sample_at_first and state.step == 0:
+            self._make("e000000")
+
+    def step_end(self, state: TrainState) -> None:
+        """Every `--sample_every_n_steps`, unless epochs were asked for."""
+        every = self.options.sample_every_n_steps
+        if every and not self.options.sample_every_n_epochs and state.step % every == 0:
+            self._make(f"{state.step:06d}")
+
+    def epoch_end(self, state: TrainState) -> None:
+        """Every `--sample_every_n_epochs`."""
+        every = self.options.sample_every_n_epochs
+        if every and state.epoch % every == 0:
+            self._make(f"e{state.epoch:06d}")
+
+    def train_end(self, state: TrainState) -> None:
+        """Nothing."""
+
+    def _make(self, occasion: str) -> None:
+        with self.evaluating():
+            self.runner.run(occasion)
+
+
+class SavingService:
+    """Saves results; only on the main process."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
+    def train_start(self, state: TrainState) -> None:
+        """Nothing."""
+
+    def step_end(self, state: TrainState) -> None:
+        """By steps."""
+        self.saver.after_step(state.step, state.epoch)
+
+    def epoch_end(self, state: TrainState) -> None:
+        """By epochs."""
+        self.saver.after_epoch(state.step, state.epoch)
+
+    def train_end(self, state: TrainState) -> None:
+        """The final result."""
+        self.saver.at_end(state.step, state.epoch)
+
+
+class ValidationService:
+    """Validates."""
+
+    def __init__(
+        self,
+        validator: Validator,
+        progress: Progress,
+        evaluating: Callable[[], AbstractContextManager[None]],
+        *,
+        at_first: bool,
+    ) -> None:
+        self.validator = validator
+        self.progress = progress
+        self.evaluating = evaluating
+        self.at_first = at_first
+        self._last: int | None = None
+
+    def train_start(self, state: TrainState) -> None:
+        """With `--validate_at_first`."""
+        if self.at_first and state.step == 0:
+            self._run(state, per_epoch=False)
+
+    def step_end(self, state: TrainState) -> None:
+        """By steps."""
+        if self.validator.due_at_step(state):
+            self._run(state, per_epoch=False)
+
+    def epoch_end(self, state: TrainState) -> None:
+        """By epochs."""
+        if self.validator.due_at_epoch(state.epoch):
+            self._run(state, per_epoch=True)
+
+    def train_end(self, state: TrainState) -> None:
+        """The final loss, unless the last step had one."""
+        if self._last != state.step:
+            self._run(state, per_epoch=False)
+
+    def _run(self, state: TrainState, *, per_epoch: bool) -> None:
+        with self.evaluating():
+            loss = self.validator.run()
+        self._last = state.step
+        self.progress.validated(loss, state.step, per_epoch=per_epoch)
