@@ -1,0 +1,9 @@
+"""Fixtures of the model-wrapping tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
