@@ -106,7 +106,7 @@ def load_components(options: OptionSet, need: Need) -> Components:
         text_encoders=[encoder],
         variant=detect_variant(file),
         source=file.path,
-        published_denoiser=unet,
+        published_denoiser=None if unet is None else published_view(unet, "diffusers"),
         published_text_encoders=[None if encoder is None else published_view(encoder, "clip")],
     )
 

@@ -73,6 +73,8 @@ class DenoisingStrategy(ABC):
     latent_channels: int
     spatial_factor: int
     sample_defaults: SampleDefaults
+    # inputs of blocks that carry gradients in training; marked so, a block has one graph wherever it stands
+    gradient_inputs: frozenset[str] = frozenset()
 
     @abstractmethod
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:

@@ -133,6 +133,7 @@ class FluxDenoisingStrategy(DenoisingStrategy):
     latent_channels = 16
     spatial_factor = 8
     sample_defaults = SampleDefaults(steps=20, scale=1.0, guidance=3.5, multiple=16)
+    gradient_inputs = frozenset({"img", "txt", "x"})
 
     def __init__(
         self, process: RectifiedFlow, *, guidance: float, prediction_type: str, apply_t5_attn_mask: bool

@@ -128,6 +128,7 @@ class SdDenoisingStrategy(DenoisingStrategy):
     latent_channels = 4
     spatial_factor = 8
     sample_defaults = SampleDefaults(steps=30, scale=7.5)
+    gradient_inputs = frozenset({"input_tensor", "hidden_states"})
 
     def __init__(self, process: Ddpm, sampler: str = "ddim") -> None:
         self.process = process

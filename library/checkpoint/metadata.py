@@ -119,7 +119,9 @@ def training_metadata(options: OptionSet, facts: TrainingFacts, family_keys: Seq
     """
     given = options.values()
     entries: dict[str, Any] = {f"ss_{name}": given.get(name) for name in (*_AS_GIVEN, *family_keys)}
+    rates = given.get("text_encoder_lr")
     entries |= {
+        "ss_text_encoder_lr": rates[0] if rates and len(rates) == 1 else rates,
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_seed": facts.seed,

@@ -145,6 +145,7 @@ def wrap_blocks(setting: Setting, components: Components, trained: list[bool]) -
             mode=None if compiling.compile_mode == "default" else compiling.compile_mode,
             dynamic=dynamic,
             fullgraph=compiling.compile_fullgraph,
+            grad_inputs=denoising.gradient_inputs,
             **({"cache_size_limit": compiling.compile_cache_size_limit} if compiling.compile_cache_size_limit else {}),
         )
 

@@ -1,0 +1,124 @@
+"""Run training in this process, on tiny models, through the same doors as the scripts."""
+
+import importlib.util
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.base.safetensors_io import load_file
+from library.train_util import parse_options, train
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+FAMILY_OF = {"train_network.py": "sd", "flux_train_network.py": "flux"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A folder with models, tokenizers and data."""
+
+    folder: Path
+
+    @classmethod
+    def write(cls, folder: Path) -> "Inputs":
+        spec = importlib.util.spec_from_file_location("make_inputs", GOLDEN / "make_inputs.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.write_inputs(folder)
+        return cls(folder)
+
+    def model(self, name: str) -> str:
+        return str(self.folder / "models" / f"{name}_tiny.safetensors")
+
+    def base(self, family: str) -> list[str]:
+        """Flags that name the model's files."""
+        common = ["--tokenizer_cache_dir", str(self.folder / "tokenizers")]
+        if family == "sd":
+            return ["--pretrained_model_name_or_path", self.model("sd15"), *common]
+        files = {
+            "--pretrained_model_name_or_path": "flux1_dev",
+            "--clip_l": "clip_l",
+            "--t5xxl": "t5xxl",
+            "--ae": "ae",
+        }
+        named = [part for flag, name in files.items() for part in (flag, self.model(name))]
+        return [*named, "--t5xxl_max_token_length", "32", *common]
+
+
+def dataset_toml(folder: Path, inputs: Inputs, *, batch_size: int = 1, subset: str = "", dataset: str = "") -> Path:
+    """A dataset file over the photographs; `subset` and `dataset` add lines to these tables."""
+    path = folder / "dataset.toml"
+    path.write_text(
+        f"""
+[[datasets]]
+batch_size = {batch_size}
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 256
+bucket_reso_steps = 64
+resolution = 128
+{dataset}
+  [[datasets.subsets]]
+  image_dir = '{inputs.folder / "data" / "img"}'
+  caption_extension = '.txt'
+{subset}
+"""
+    )
+    return path
+
+
+def network_arguments(family: str, inputs: Inputs, folder: Path, dataset: Path, *more: str) -> list[str]:
+    """A short adapter training of a family."""
+    return [
+        *inputs.base(family),
+        *("--network_module", "networks.lora" if family == "sd" else "networks.lora_flux"),
+        *("--network_dim", "4", "--network_alpha", "2", "--learning_rate", "1e-3"),
+        *("--dataset_config", str(dataset), "--output_dir", str(folder / "out"), "--output_name", "last"),
+        *("--seed", "42", "--max_train_steps", "4", "--max_data_loader_n_workers", "0"),
+        *more,
+    ]
+
+
+def run_training(family: str, arguments: list[str], task: str = "network") -> Any:
+    """What a script does after reading its command line."""
+    return train(family, task, parse_options(family, task, arguments))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recorded run of the reference."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return GOLDEN / "runs" / self.name
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "steps" / "steps.jsonl").read_text().splitlines()]
+
+    def grad_norms(self) -> list[float]:
+        return json.loads((self.folder / "logs.json").read_text())["grad_norm"]
+
+    def tensors(self, name: str) -> dict[str, Any]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def script_and_arguments(self, inputs: Inputs, work: Path) -> tuple[str, list[str]]:
+        """The recorded command with our folders, replaying the record from the recorded start."""
+        work.mkdir(parents=True, exist_ok=True)
+        toml = (self.folder / "dataset.toml").read_text().replace("$INPUTS", str(inputs.folder))
+        (work / "dataset.toml").write_text(toml)
+        command = (self.folder / "cmd.txt").read_text()
+        command = command.replace("$INPUTS", str(inputs.folder)).replace("$CASE", str(work))
+        script, *arguments = shlex.split(command)
+        return script, [
+            *arguments,
+            *("--network_weights", str(self.folder / "init.safetensors")),
+            *("--replay_steps", str(self.folder / "steps"), "--record_steps", str(work / "steps")),
+        ]
+
+
+def events(folder: Path, name: str = "last") -> list[dict[str, Any]]:
+    """The event log of a run in `folder`."""
+    return [json.loads(line) for line in (folder / f"{name}_events.jsonl").read_text().splitlines()]
