@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: what we load against diffusers' own conversion, and our noise process against its schedulers."""
+"""Stable Diffusion 1.x: what we load against diffusers' conversion, and our noise process against its schedulers."""
 
 import pytest
 import torch

@@ -1,0 +1,16 @@
+"""Train an adapter on FLUX.1 or Chroma."""
+
+import argparse
+
+from library.train_util import main, make_parser
+
+FAMILY, TASK = "flux", "network"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Parser of this script, for tools that want its flags."""
+    return make_parser(FAMILY, TASK)
+
+
+if __name__ == "__main__":
+    main(FAMILY, TASK)

@@ -1,0 +1,101 @@
+"""Anima: flags, checks, family record."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.base.errors import Problem
+from library.family import Family, LatentSpec
+from library.options.attention import DitAttentionOptions
+from library.options.checks import text_caching_problems
+from library.options.compiling import CompileOptions
+from library.options.flow import FlowOptions, FlowSamplingOptions, TimestepViewOptions
+from library.options.memory import VaeMemoryOptions
+from library.options.network import NetworkOptions
+from library.options.ranges import at_least, share
+from library.options.schema import OptionSet, option
+
+LLLITE_PRESETS = ("self_attn_q", "self_attn_qkv", "self_attn_qkv_cross_q")
+LLLITE_LAYERS = ("self_attn_q_pre", "self_attn_kv_pre", "cross_attn_q_pre", "mlp_fc1_pre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaOptions:
+    """Anima: its text encoder, tokenizers and rates of its parts."""
+
+    qwen3: str | None = option(None, help="Qwen3 file or folder")
+    t5_tokenizer_path: str | None = option(None, help="folder of the T5 tokenizer; a bundled one when not given")
+    qwen3_max_token_length: int = option(512, help="longest caption in Qwen3 tokens")
+    t5_max_token_length: int = option(512, help="longest caption in T5 tokens")
+    llm_adapter_path: str | None = option(None, help="separate file of the text adapter (does nothing)")
+    llm_adapter_lr: float | None = option(None, help="learning rate of the text adapter; 0: not trained")
+    self_attn_lr: float | None = option(None, help="learning rate of self-attention; 0: not trained")
+    cross_attn_lr: float | None = option(None, help="learning rate of cross-attention; 0: not trained")
+    mlp_lr: float | None = option(None, help="learning rate of the MLPs; 0: not trained")
+    mod_lr: float | None = option(None, help="learning rate of the modulation; 0: not trained")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        yield from at_least(
+            1, qwen3_max_token_length=self.qwen3_max_token_length, t5_max_token_length=self.t5_max_token_length
+        )
+        names = ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr")
+        yield from at_least(0, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimaLLLiteOptions:
+    """Anima LLLite: shape of the control modules."""
+
+    lllite_cond_dim: int = option(64, help="width inside the encoder of control images")
+    lllite_cond_resblocks: int = option(1, help="residual blocks of that encoder")
+    lllite_use_aspp: bool = option(False, help="let that encoder see several scales")
+    lllite_mlp_dim: int = option(64, help="width inside the control modules")
+    lllite_target_layers: str = option(
+        "self_attn_q", help="a preset (self_attn_q, self_attn_qkv, self_attn_qkv_cross_q) or layers separated by commas"
+    )
+    lllite_dropout: float | None = option(None, help="share of the modules' activations dropped while training")
+    lllite_multiplier: float = option(1.0, help="strength of the control modules")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        yield from at_least(1, lllite_cond_dim=self.lllite_cond_dim, lllite_mlp_dim=self.lllite_mlp_dim)
+        yield from at_least(0, lllite_cond_resblocks=self.lllite_cond_resblocks)
+        yield from share(lllite_dropout=self.lllite_dropout)
+        layers = self.lllite_target_layers.split(",")
+        if self.lllite_target_layers not in LLLITE_PRESETS and not set(layers) <= set(LLLITE_LAYERS):
+            expected = f"one of {', '.join(LLLITE_PRESETS)}, or some of {', '.join(LLLITE_LAYERS)} with commas"
+            yield Problem("--lllite_target_layers", f"expected {expected}", self.lllite_target_layers)
+
+
+def check(options: OptionSet, task: str) -> Iterator[Problem]:
+    """Rules between options of Anima scripts."""
+    network = options.get(NetworkOptions)
+    trained = task == "network" and network is not None and not network.network_train_unet_only
+    # an empty caption is cached beside the others, so dropping whole captions needs no encoder
+    yield from text_caching_problems(options, trains_cached_encoders=trained, dropout_allowed=True)
+    if options[CompileOptions].compile_fullgraph and options[DitAttentionOptions].split_attn:
+        yield Problem("--compile_fullgraph", "cannot be combined with --split_attn")
+
+
+FAMILY = Family(
+    name="anima",
+    title="Anima",
+    process="flow",
+    tasks=frozenset({"network", "full", "lllite"}),
+    option_groups=(
+        AnimaOptions,
+        DitAttentionOptions,
+        VaeMemoryOptions,
+        FlowOptions,
+        FlowSamplingOptions,
+        TimestepViewOptions,
+    ),
+    task_option_groups={"lllite": (AnimaLLLiteOptions,)},
+    hidden=frozenset({"model_prediction_type"}),
+    task_hidden={"lllite": frozenset({"network_dim", "network_dropout"})},
+    defaults={"discrete_flow_shift": 1.0, "timestep_sampling": "sigmoid"},
+    task_defaults={"lllite": {"cond_emb_dim": 32}},
+    tracker_names={"network": "network_train", "full": "finetuning", "lllite": "lllite_control_net_train"},
+    check=check,
+    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16),
+)

@@ -1,0 +1,143 @@
+"""What the engine knows about one model family: pure data, heavy parts as references."""
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NewType
+
+from library.base.errors import Problem
+from library.options.schema import OptionSet, build_parser, from_values, parse
+from library.options.tasks import TASKS, Preset
+
+Ref = NewType("Ref", str)
+"""A "package.module:attribute" text, resolved by `library.base.lazy.resolve`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Latents of a family: channels, image pixels per latent pixel, and the step that image sides are multiples of."""
+
+    channels: int
+    spatial_factor: int
+    resolution_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The flags of one script: groups and how they deviate from their declaration."""
+
+    groups: tuple[type, ...]
+    description: str
+    defaults: Mapping[str, Any]
+    hidden: frozenset[str]
+    choices: Mapping[str, tuple[Any, ...]]
+
+    def parser(self, prog: str | None = None) -> argparse.ArgumentParser:
+        """The parser, with defaults."""
+        return build_parser(self.groups, prog, self.description, self.defaults, self.hidden, self.choices)
+
+    def parse(self, argv: Sequence[str] | None, prog: str | None = None) -> OptionSet:
+        """Options from a command line and the configuration file it names."""
+        return parse(
+            self.groups,
+            argv,
+            prog=prog,
+            description=self.description,
+            defaults=self.defaults,
+            hidden=self.hidden,
+            choices=self.choices,
+        )
+
+    def from_values(self, values: Mapping[str, Any]) -> OptionSet:
+        """Options from Python values."""
+        return from_values(self.groups, values, defaults=self.defaults, hidden=self.hidden, choices=self.choices)
+
+
+def no_problems(options: OptionSet, task: str) -> Iterable[Problem]:  # noqa: ARG001 - the signature of Family.check
+    """The check of a family without rules of its own."""
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: short name, as in script names ("flux").
+        title: name for people ("FLUX.1").
+        process: "ddpm" (discrete noise schedule) or "flow" (flow matching).
+        tasks: what its scripts can be asked for.
+        available_tasks: what this version can do of these.
+        option_groups: family flags of every task, in help order.
+        task_option_groups: further groups by task.
+        hidden: shared fields that the family's scripts do not offer.
+        task_hidden: further such fields by task.
+        defaults: changed defaults of every task, by field name.
+        task_defaults: further changed defaults by task.
+        choices: changed choices, by field name.
+        task_choices: further changed choices by task.
+        presets: variants of a task with a script of their own, by name.
+        tracker_names: project name in trackers by task.
+        check: cross-option rules for (options, task).
+        missing: required values that were not given, for (options, task).
+        latent: sizes of latents.
+        default_network: module that makes the adapter when none is named.
+        inspect: reference to the function that reads the variant from file headers: (options) -> Variant.
+        load: reference to the function that loads the model: (options, need) -> Components.
+        save: reference to the SaveComponents function.
+        strategies: reference to the BuildStrategies function.
+        model_spec: reference to the function that names the architecture in saved files.
+        metadata_keys: family flags that metadata repeats as `ss_<flag>`.
+    """
+
+    name: str
+    title: str
+    process: str
+    tasks: frozenset[str]
+    available_tasks: frozenset[str] = frozenset()
+    option_groups: tuple[type, ...] = ()
+    task_option_groups: Mapping[str, tuple[type, ...]] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+    task_hidden: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    task_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    task_choices: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    tracker_names: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[OptionSet, str], Iterable[Problem]] = no_problems
+    missing: Callable[[OptionSet, str], Iterable[Problem]] = no_problems
+    latent: LatentSpec
+    default_network: str | None = None
+    inspect: Ref | None = None
+    load: Ref | None = None
+    save: Ref | None = None
+    strategies: Ref | None = None
+    model_spec: Ref | None = None
+    metadata_keys: tuple[str, ...] = ()
+
+    def command_line(self, task: str, preset: str | None = None) -> CommandLine:
+        """The flags of the script for (task, preset)."""
+        shared = TASKS[task]
+        variant = self.presets[preset] if preset else None
+        return CommandLine(
+            groups=(
+                *shared.option_groups[:2],
+                *self.option_groups,
+                *self.task_option_groups.get(task, ()),
+                *(variant.option_groups if variant else ()),
+                *shared.option_groups[2:],
+            ),
+            description=shared.title.format(self.title),
+            defaults={**shared.defaults, **self.defaults, **self.task_defaults.get(task, {})},
+            hidden=shared.hidden
+            | self.hidden
+            | self.task_hidden.get(task, frozenset())
+            | (variant.hidden if variant else frozenset()),
+            choices={**shared.choices, **self.choices, **self.task_choices.get(task, {})},
+        )
+
+    def tracker_name(self, task: str, options: OptionSet) -> str:
+        """Project name in trackers when the user names none."""
+        preset = options.get(Preset)
+        return preset.tracker_name if preset else self.tracker_names[task]

@@ -1,0 +1,42 @@
+"""Options choosing the attention implementation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.base.errors import Problem
+from library.options.ranges import exclusive
+from library.options.schema import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Attention: which implementation computes it."""
+
+    mem_eff_attn: bool = option(False, help="attention in small pieces, for cards without a fused kernel")
+    xformers: bool = option(False, help="attention of the xformers package")
+    sdpa: bool = option(False, help="attention of PyTorch itself, the usual choice")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        yield from exclusive(self, "mem_eff_attn", "xformers")
+        yield from exclusive(self, "mem_eff_attn", "sdpa")
+        yield from exclusive(self, "xformers", "sdpa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitAttentionOptions:
+    """Transformer attention: which implementation computes it in the denoiser."""
+
+    attn_mode: str | None = option(
+        None,
+        help="implementation; sdpa is another name of torch",
+        choices=("torch", "xformers", "flash", "sageattn", "sdpa"),
+    )
+    split_attn: bool = option(False, help="attend to one image of the batch at a time: less memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersAttentionOptions:
+    """Old attention flag: kept for existing command lines."""
+
+    diffusers_xformers: bool = option(False, help="attention of the xformers package, through diffusers")

@@ -1,0 +1,191 @@
+"""Flags that parse but do nothing yet, and flags that can mean nothing for a model family.
+
+A line goes from these tables when the feature arrives.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from library.base.errors import Problem
+from library.options.optimizer import OptimizerOptions
+from library.options.schema import OptionSet
+
+
+def _same(feature: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, feature)
+
+
+# option name -> the feature behind it
+PENDING_FLAGS: dict[str, str] = {
+    **_same("Stable Diffusion 2.x", "v2"),
+    **_same("velocity prediction", "v_parameterization"),
+    **_same("training from a metadata file", "in_json"),
+    **_same("masked training", "masked_loss", "alpha_mask", "conditioning_data_dir"),
+    **_same("the file of captions and image sizes", "cache_info"),
+    **_same("a dataset class of your own", "dataset_class"),
+    **_same("showing the dataset", "debug_dataset"),
+    **_same("colour augmentation", "color_aug"),
+    **_same("random cropping", "random_crop", "face_crop_aug_range"),
+    **_same("weighted captions", "weighted_captions"),
+    **_same("caching on disk", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "skip_cache_check"),
+    **_same("training in half precision throughout", "full_fp16", "full_bf16"),
+    **_same("8-bit base models", "fp8_base", "fp8_base_unet"),
+    **_same("activation offloading", "cpu_offload_checkpointing", "unsloth_offload_checkpointing"),
+    **_same("block swapping", "blocks_to_swap", "split_mode"),
+    **_same("the choice of another attention", "xformers", "mem_eff_attn"),
+    **_same("compiling the whole model (--compile is available)", "torch_compile", "dynamo_backend"),
+    **_same("fused updates", "fused_backward_pass"),
+    **_same("the Lion optimizer", "use_lion_optimizer"),
+    **_same("schedules of your own", "lr_scheduler_type", "lr_scheduler_args"),
+    **_same("starting at a later step", "initial_epoch", "initial_step", "skip_until_initial_step"),
+    **_same("noise offset", "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
+    **_same("multi-resolution noise", "multires_noise_iterations", "multires_noise_discount"),
+    **_same("input perturbation", "ip_noise_gamma", "ip_noise_gamma_random_strength"),
+    **_same("zero terminal SNR", "zero_terminal_snr"),
+    **_same("the Huber loss", "huber_schedule", "huber_c", "huber_scale"),
+    **_same(
+        "loss weighting by noise level",
+        "min_snr_gamma",
+        "scale_v_pred_loss_like_noise_pred",
+        "v_pred_like_loss",
+        "debiased_estimation_loss",
+    ),
+    **_same("inpainting training", "train_inpainting"),
+    **_same("the preview of noise levels", "show_timesteps", "show_timesteps_resolution", "show_timesteps_offset"),
+    **_same(
+        "saving and resuming the training state",
+        "save_state",
+        "save_state_on_train_end",
+        "save_last_n_epochs_state",
+        "save_last_n_steps_state",
+        "resume",
+    ),
+    **_same(
+        "uploading to the hub",
+        "huggingface_repo_id",
+        "huggingface_repo_type",
+        "huggingface_path_in_repo",
+        "huggingface_token",
+        "huggingface_repo_visibility",
+        "save_state_to_huggingface",
+        "resume_from_huggingface",
+        "async_upload",
+    ),
+    **_same("Weights & Biases", "wandb_run_name", "wandb_api_key"),
+    **_same("configuring trackers", "log_tracker_config", "log_config"),
+    **_same("waiting times between processes", "ddp_timeout"),
+    **_same(
+        "DeepSpeed",
+        "deepspeed",
+        "zero_stage",
+        "offload_optimizer_device",
+        "offload_optimizer_nvme_path",
+        "offload_param_device",
+        "offload_param_nvme_path",
+        "zero3_init_flag",
+        "zero3_save_16bit_model",
+        "fp16_master_weights_and_gradients",
+    ),
+}
+
+# option name -> the values that work; others parse but are not there yet (optimizer names: in lower case)
+AVAILABLE_VALUES: dict[str, frozenset[Any]] = {
+    "optimizer_type": frozenset({"", "adamw", "adamw8bit", "adafactor"}),
+    "lr_scheduler": frozenset({"constant", "constant_with_warmup", "cosine", "linear"}),
+    "loss_type": frozenset({"l2"}),
+    "log_with": frozenset({None, "tensorboard"}),
+    "model_type": frozenset({"flux"}),
+}
+
+_UNET_ONLY = "it changes the discrete noise schedule, which flow-matching models do not have"
+_CLIP_ONLY = "it belongs to the CLIP prompts of Stable Diffusion"
+
+_FLOW_NO_EFFECT: dict[str, str] = {
+    "v2": "it names Stable Diffusion 2.x",
+    "v_parameterization": "flow-matching models always predict velocity",
+    "clip_skip": _CLIP_ONLY,
+    "max_token_length": _CLIP_ONLY,
+    "noise_offset": _UNET_ONLY,
+    "noise_offset_random_strength": _UNET_ONLY,
+    "adaptive_noise_scale": _UNET_ONLY,
+    "multires_noise_iterations": _UNET_ONLY,
+    "multires_noise_discount": _UNET_ONLY,
+    "zero_terminal_snr": _UNET_ONLY,
+    "min_snr_gamma": "weights by signal-to-noise ratio belong to the discrete schedule; see --weighting_scheme",
+    "scale_v_pred_loss_like_noise_pred": _UNET_ONLY,
+    "v_pred_like_loss": _UNET_ONLY,
+    "debiased_estimation_loss": "weights by signal-to-noise ratio belong to the discrete schedule",
+    "sample_sampler": "samples are made with the flow's own Euler method",
+}
+
+# family name, or "*" for all -> option name -> why nothing happens
+NO_EFFECT: dict[str, dict[str, str]] = {
+    "*": {
+        "lowram": "models are always read from disk straight to where they are used",
+        "highvram": "memory is only freed where that costs no time",
+        "disable_mmap_load_safetensors": "files are mapped and streamed, which needs no memory of its own",
+        "ddp_gradient_as_bucket_view": "adapter gradients are averaged without the wrapper this configures",
+        "ddp_static_graph": "adapter gradients are averaged without the wrapper this configures",
+        "persistent_data_loader_workers": "data-loader processes are always kept over epochs",
+    },
+    "flux": {
+        **_FLOW_NO_EFFECT,
+        "vae": "the autoencoder is named by --ae",
+        "controlnet_model_name_or_path": "only flux_train_control_net.py uses it",
+    },
+    "sd3": dict(_FLOW_NO_EFFECT),
+    "lumina": {**_FLOW_NO_EFFECT, "vae": "the autoencoder is named by --ae"},
+    "hunyuan_image": dict(_FLOW_NO_EFFECT),
+    "anima": {**_FLOW_NO_EFFECT, "llm_adapter_path": "the adapter is part of the model file"},
+    "sdxl": {"clip_skip": "SDXL always uses the layer before the last"},
+}
+
+# schedules -> flags that only other schedules read
+_SCHEDULE_FLAGS = (
+    "lr_decay_steps",
+    "lr_scheduler_num_cycles",
+    "lr_scheduler_power",
+    "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
+)
+
+
+def no_effect_reasons(family: str) -> Mapping[str, str]:
+    """Option name -> why it does nothing for this family."""
+    return {**NO_EFFECT["*"], **NO_EFFECT.get(family, {})}
+
+
+def pending_problems(options: OptionSet, family: str) -> Iterator[Problem]:
+    """A problem for each changed option whose feature is not there yet.
+
+    Args:
+        options: the parsed options.
+        family: name of the model family; what can mean nothing for it is a warning instead.
+    """
+    ignored = no_effect_reasons(family)
+    changed = options.changed()
+    for name, value in changed.items():
+        if name in ignored:
+            continue
+        if name in PENDING_FLAGS:
+            yield Problem(f"--{name}", f"{PENDING_FLAGS[name]} is not available in this version yet")
+        allowed = AVAILABLE_VALUES.get(name)
+        comparable = value.lower() if name == "optimizer_type" else value
+        if allowed is not None and comparable not in allowed:
+            working = ", ".join(sorted(str(item) for item in allowed if item))
+            yield Problem(f"--{name}", f"not available in this version yet (available: {working})", value)
+
+
+def no_effect_warnings(options: OptionSet, family: str) -> Iterator[str]:
+    """A sentence for each changed option that does nothing in this run."""
+    changed = options.changed()
+    for name, reason in no_effect_reasons(family).items():
+        if name in changed:
+            yield f"--{name} has no effect: {reason}"
+    scheduler = options.values().get("lr_scheduler")
+    if scheduler in AVAILABLE_VALUES["lr_scheduler"]:
+        for name in _SCHEDULE_FLAGS:
+            if name in changed:
+                yield f"--{name} has no effect with --lr_scheduler {scheduler}"
+    if options[OptimizerOptions].optimizer_type and "use_8bit_adam" in changed:
+        yield "--use_8bit_adam has no effect beside --optimizer_type"

@@ -1,0 +1,75 @@
+"""Stable Diffusion XL: flags, checks, family record."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.base.errors import Problem
+from library.family import Family, LatentSpec
+from library.options.attention import DiffusersAttentionOptions
+from library.options.checks import text_caching_problems
+from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
+from library.options.model import InpaintingOptions, ModelOptions
+from library.options.network import NetworkOptions
+from library.options.schema import OptionSet, option
+
+NUM_BLOCK_RATES = 23
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdxlFullOptions:
+    """Block rates: a learning rate for each part of the U-Net."""
+
+    block_lr: str | None = option(None, help="23 learning rates separated by commas, from the input to the output")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        if self.block_lr is None:
+            return
+        try:
+            count = len([float(text) for text in self.block_lr.split(",")])
+        except ValueError:
+            count = 0
+        if count != NUM_BLOCK_RATES:
+            yield Problem("--block_lr", f"expected {NUM_BLOCK_RATES} numbers separated by commas", self.block_lr)
+
+
+def check(options: OptionSet, task: str) -> Iterator[Problem]:
+    """Rules between options of SDXL scripts."""
+    if options[ModelOptions].v2:
+        yield Problem("--v2", "names Stable Diffusion 2.x; SDXL is another model")
+    network, encoders = options.get(NetworkOptions), options.get(TextEncoderTrainingOptions)
+    trained = task == "network" and network is not None and not network.network_train_unet_only
+    trained = trained or (encoders is not None and encoders.train_text_encoder)
+    yield from text_caching_problems(options, trains_cached_encoders=trained)
+
+
+FAMILY = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    process="ddpm",
+    tasks=frozenset({"network", "full", "control_net", "lllite", "textual_inversion", "leco"}),
+    task_option_groups={
+        "network": (InpaintingOptions,),
+        "full": (
+            InpaintingOptions,
+            TextEncoderTrainingOptions,
+            SdxlFullOptions,
+            FusedUpdateOptions,
+            DiffusersAttentionOptions,
+        ),
+    },
+    task_hidden={
+        "full": frozenset({"learning_rate_te", "learning_rate_te3", "blockwise_fused_optimizers", "mem_eff_save"}),
+        "control_net": frozenset({"use_safetensors"}),
+    },
+    tracker_names={
+        "network": "network_train",
+        "full": "finetuning",
+        "control_net": "sdxl_control_net_train",
+        "lllite": "lllite_control_net_train",
+        "textual_inversion": "textual_inversion",
+        "leco": "network_train",
+    },
+    check=check,
+    latent=LatentSpec(channels=4, spatial_factor=8, resolution_step=32),
+)

@@ -1,0 +1,16 @@
+"""Train the vectors of a new word for Stable Diffusion 1.x or 2.x."""
+
+import argparse
+
+from library.train_util import main, make_parser
+
+FAMILY, TASK = "sd", "textual_inversion"
+
+
+def setup_parser() -> argparse.ArgumentParser:
+    """Parser of this script, for tools that want its flags."""
+    return make_parser(FAMILY, TASK)
+
+
+if __name__ == "__main__":
+    main(FAMILY, TASK)
