@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
@@ -49,9 +48,19 @@ def load_module(
             raise CheckpointError(
                 str(path), message=f"{part}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}"
             )
-        value = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        set_module_tensor_to_device(module, name, device, value=value, dtype=value.dtype)
+        value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        _place(module, name, value)
     return module.requires_grad_(False).eval()
+
+
+def _place(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor where the module has an empty one of this name."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
 
 
 def _check_names(expected: Iterable[str], found: Iterable[str], path: Path, part: str) -> None:

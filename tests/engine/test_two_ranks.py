@@ -1,0 +1,63 @@
+"""Two gloo ranks against one process that accumulates twice."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import dataset_toml, events, network_arguments, run_training
+
+from library.base.safetensors_io import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {"sd": "train_network.py", "flux": "flux_train_network.py"}
+
+
+def launch(script, arguments, processes):
+    """A real `accelerate launch` on the CPU; `--multi_gpu` is what makes it start several processes there."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
+    command += ["--multi_gpu"] if processes > 1 else []
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, str(ROOT / script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_two_ranks_equal_accumulation_two(family, inputs, tmp_path):
+    """Seven training images in batches of two make four batches with a short last window; dropout is on."""
+    runs = {}
+    for name, accumulation in (("one", "2"), ("two", "1")):
+        folder = tmp_path / name
+        folder.mkdir()
+        toml = dataset_toml(folder, inputs, batch_size=2, dataset="validation_split = 0.3\nvalidation_seed = 1")
+        more = ("--gradient_accumulation_steps", accumulation, "--network_dropout", "0.1", "--max_train_steps", "5")
+        arguments = network_arguments(family, inputs, folder, toml, *more, "--cache_latents")
+        if name == "one":
+            run_training(family, arguments)
+        else:
+            done = launch(SCRIPTS[family], arguments, 2)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert "x 2 processes per optimizer step" in done.stderr
+            assert done.stderr.count("use it") == 1  # one rank talks
+        log = events(folder / "out")
+        steps = [event for event in log if event["event"] == "step"]
+        runs[name] = (
+            [event["loss"] for event in steps],
+            [event["norm/grad"] for event in steps],
+            [event["loss"] for event in log if event["event"] == "validation"],
+            load_file(folder / "out" / "last.safetensors"),
+        )
+    for one, two in zip(runs["one"][:3], runs["two"][:3], strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+    a, b = runs["one"][3], runs["two"][3]
+    error = sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
+    assert error <= 1e-3 * sum(float(a[name].square().sum()) for name in a if "lora_up" in name) ** 0.5
