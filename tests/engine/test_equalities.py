@@ -52,7 +52,9 @@ def test_gradient_checkpointing(plain, inputs, tmp_path):
 
 def test_latents_in_memory(plain, inputs, tmp_path):
     family, expected = plain
-    assert_same(expected, result(family, inputs, tmp_path, "--network_dropout", "0.1", "--cache_latents", subset=FLIPPED))
+    assert_same(
+        expected, result(family, inputs, tmp_path, "--network_dropout", "0.1", "--cache_latents", subset=FLIPPED)
+    )
 
 
 def test_four_workers(plain, inputs, tmp_path):
@@ -120,4 +122,6 @@ def test_partly_cached_text(inputs, tmp_path):
     first = result("flux", inputs, tmp_path / "a", batch_size=1)
     cached = result("flux", inputs, tmp_path / "b", "--cache_text_encoder_outputs", batch_size=1)
     assert first[0].losses == pytest.approx(cached[0].losses, rel=1e-6)
-    assert any(name.startswith("lora_te1_") and tensor.abs().sum() > 0 for name, tensor in cached[1].items() if "up" in name)
+    assert any(
+        name.startswith("lora_te1_") and tensor.abs().sum() > 0 for name, tensor in cached[1].items() if "up" in name
+    )
