@@ -1,0 +1,123 @@
+"""Dataset configuration: fallbacks, and what is said about mistakes."""
+
+import pytest
+
+from library.base.errors import UserError
+from library.config_util import read_config, resolve_datasets
+from library.data.build import dataset_plans, scan
+from library.data.presets import from_folder_flags
+
+
+def resolve(config, **command_line):
+    return resolve_datasets(config, command_line, source="d.toml")
+
+
+def problems(call):
+    with pytest.raises(UserError) as error:
+        call()
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_fallback_order():
+    config = {
+        "general": {"flip_aug": True, "num_repeats": 2, "batch_size": 3},
+        "datasets": [
+            {"resolution": 64, "num_repeats": 4, "subsets": [{"image_dir": "a"}, {"image_dir": "b", "num_repeats": 5}]},
+            {"resolution": [64, 96], "batch_size": 1, "subsets": [{"image_dir": "a", "flip_aug": False}]},
+        ],
+    }
+    first, second = resolve(config, dataset_repeats=9, keep_tokens=3, train_batch_size=8)
+    assert [subset.num_repeats for subset in first.subsets] == [4, 5]
+    assert [subset.flip_aug for subset in first.subsets] == [True, True]
+    assert (first.batch_size, second.batch_size) == (3, 1)
+    assert second.resolution == (64, 96)
+    assert second.subsets[0].num_repeats == 2
+    # false in the file beats a flag; what the file leaves open comes from the command line
+    assert resolve(config, flip_aug=True)[1].subsets[0].flip_aug is False
+    assert second.subsets[0].captions.keep_tokens == 3
+
+
+def test_resolution_from_the_command_line():
+    config = {"datasets": [{"subsets": [{"image_dir": "a"}]}]}
+    assert resolve(config, resolution="512,768")[0].resolution == (512, 768)
+    assert resolve(config, resolution="512")[0].resolution == (512, 512)
+    assert "d.toml: datasets[0].resolution: is needed" in problems(lambda: resolve(config))[0]
+
+
+def test_integers_are_numbers_and_text_is_a_resolution():
+    config = {"datasets": [{"resolution": "64,64", "validation_split": 1, "subsets": [{"image_dir": "a"}]}]}
+    assert resolve(config)[0].resolution == (64, 64)
+
+
+def test_all_mistakes_at_once_with_their_place():
+    config = {
+        "generall": {},
+        "datasets": [
+            {
+                "resolution": "big",
+                "batch_size": 0,
+                "enable_buckets": True,
+                "image_dir": "a",
+                "subsets": [{"image_dir": 3, "flip_aug": "yes", "resize_interpolation": "cubik"}],
+            }
+        ],
+    }
+    found = "\n".join(problems(lambda: resolve(config)))
+    for text in (
+        "d.toml: generall: unknown key",
+        "d.toml: datasets[0].enable_buckets: unknown key; did you mean enable_bucket?",
+        "d.toml: datasets[0].image_dir: belongs to another level ([[datasets.subsets]])",
+        "d.toml: datasets[0].resolution = 'big'",
+        "d.toml: datasets[0].batch_size = 0",
+        "d.toml: datasets[0].subsets[0].image_dir = 3",
+        "d.toml: datasets[0].subsets[0].flip_aug = 'yes'",
+        "d.toml: datasets[0].subsets[0].resize_interpolation = 'cubik'",
+    ):
+        assert text in found
+
+
+def test_limits_must_hold_the_resolution():
+    config = {"datasets": [{"resolution": 512, "enable_bucket": True, "subsets": [{"image_dir": "a"}]}]}
+    assert "min_bucket_reso = 1024" in problems(lambda: resolve(config, min_bucket_reso=1024, max_bucket_reso=2048))[0]
+    assert "max_bucket_reso = 256" in problems(lambda: resolve(config, max_bucket_reso=256))[0]
+
+
+def test_the_same_folder_twice(tmp_path):
+    twice = [{"image_dir": str(tmp_path)}, {"image_dir": f"{tmp_path}/../{tmp_path.name}"}]
+    found = problems(lambda: resolve({"datasets": [{"resolution": 64, "subsets": twice}]}))
+    assert "is the folder of subsets[0] too" in found[0]
+
+
+@pytest.mark.parametrize("key", ["color_aug", "random_crop", "alpha_mask", "cache_info", "metadata_file"])
+def test_what_is_not_there_yet_is_refused(key):
+    value = "x.json" if key == "metadata_file" else True
+    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": "a", key: value}]}]}
+    assert f"subsets[0].{key}: is not available in this version yet" in problems(lambda: resolve(config))[0]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "no such file" in problems(lambda: read_config(tmp_path / "a.toml"))[0]
+    (tmp_path / "a.yaml").write_text("")
+    assert "expected a .toml or .json file" in problems(lambda: read_config(tmp_path / "a.yaml"))[0]
+    (tmp_path / "a.toml").write_text("[[datasets]\n")
+    assert "cannot be read" in problems(lambda: read_config(tmp_path / "a.toml"))[0]
+    (tmp_path / "a.json").write_text('{"datasets": []}')
+    assert read_config(tmp_path / "a.json") == {"datasets": []}
+
+
+def test_folders_named_with_repeats(tmp_path):
+    for name in ("10_cat", "3_a_b", "5", "notes", "0_none"):
+        (tmp_path / name).mkdir()
+    subsets = from_folder_flags(str(tmp_path), None)["datasets"][0]["subsets"]
+    found = {(subset["num_repeats"], subset.get("class_tokens")) for subset in subsets}
+    assert found == {(10, "cat"), (3, "a_b"), (5, None)}
+    assert "no such folder" in problems(lambda: from_folder_flags(str(tmp_path / "x"), None))[0]
+    assert "no data" in problems(lambda: from_folder_flags(None, None))[0]
+
+
+def test_step_of_the_model():
+    config = {"datasets": [{"resolution": 500, "subsets": [{"image_dir": "a"}]}]}
+    plans, source = dataset_plans(config, {})
+    found = problems(lambda: scan(plans, source=source, seed=0, step=64, allow_missing_captions=True))
+    assert any("must be multiples of 64 for this model" in text for text in found)
+    assert any("no such folder" in text for text in found)
