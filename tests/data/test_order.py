@@ -77,7 +77,7 @@ def test_workers_do_not_matter(dataset):
 
 
 def test_ranks_share_a_window_as_one_process_sees_it(dataset):
-    alone = [window for window in collect(TrainData(dataset, accumulation=4))]
+    alone = collect(TrainData(dataset, accumulation=4))
     ranks = [collect(TrainData(dataset, accumulation=2, world_size=2, rank=rank)) for rank in (0, 1)]
     for number, window in enumerate(alone):
         shared = [None] * len(window)

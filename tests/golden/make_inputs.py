@@ -5,6 +5,7 @@ python make_inputs.py OUT        needs numpy and safetensors only; the same byte
 Weights come from manifests/*.json (tensor name -> shape) and one Philox generator per (file, tensor name), so they depend neither
 on the order of the tensors nor on a framework's version.
 """
+
 import argparse
 import json
 import shutil
@@ -17,19 +18,46 @@ from safetensors.numpy import save_file
 HERE = Path(__file__).resolve().parent
 SEED = 20240229
 FILES = {
-    "sd15": "sd15_tiny", "sd2": "sd21_tiny", "sdxl": "sdxl_tiny", "sd3_medium": "sd3_medium_tiny", "sd35_medium": "sd35_medium_tiny",
-    "flux_dev": "flux1_dev_tiny", "flux_dev44": "flux1_dev44_tiny", "chroma": "chroma_tiny", "ae": "ae_tiny",
-    "clip_l": "clip_l_tiny", "clip_g": "clip_g_tiny", "t5xxl": "t5xxl_tiny",
-    "lumina2": "lumina2_tiny", "gemma2_2b": "gemma2_2b_tiny",
-    "hunyuan_image": "hunyuan_image_tiny", "hunyuan_vae": "hunyuan_image_vae_tiny", "qwen25vl": "qwen2_5_vl_tiny", "byt5": "byt5_tiny",
-    "anima": "anima_tiny", "qwen3": "qwen3_tiny", "qwen_image_vae": "qwen_image_vae_tiny",
+    "sd15": "sd15_tiny",
+    "sd2": "sd21_tiny",
+    "sdxl": "sdxl_tiny",
+    "sd3_medium": "sd3_medium_tiny",
+    "sd35_medium": "sd35_medium_tiny",
+    "flux_dev": "flux1_dev_tiny",
+    "flux_dev44": "flux1_dev44_tiny",
+    "chroma": "chroma_tiny",
+    "ae": "ae_tiny",
+    "clip_l": "clip_l_tiny",
+    "clip_g": "clip_g_tiny",
+    "t5xxl": "t5xxl_tiny",
+    "lumina2": "lumina2_tiny",
+    "gemma2_2b": "gemma2_2b_tiny",
+    "hunyuan_image": "hunyuan_image_tiny",
+    "hunyuan_vae": "hunyuan_image_vae_tiny",
+    "qwen25vl": "qwen2_5_vl_tiny",
+    "byt5": "byt5_tiny",
+    "anima": "anima_tiny",
+    "qwen3": "qwen3_tiny",
+    "qwen_image_vae": "qwen_image_vae_tiny",
 }
 # what tensor shapes cannot tell, as the optional `config` entry of the file's metadata
-CONFIG = {"qwen25vl": {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"}}}
+CONFIG = {
+    "qwen25vl": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"},
+    }
+}
 EMBEDDINGS = {"shared.weight": 1.0, "embed_tokens.weight": 0.3, "model.embed_tokens.weight": 0.3}
 
 
-SMALL_IN_HUNYUAN_VAE = (".conv2.", "conv_out", "conv_in", "sample", ".proj_out.")  # keeps the random VAE's latents near unit scale
+SMALL_IN_HUNYUAN_VAE = (
+    ".conv2.",
+    "conv_out",
+    "conv_in",
+    "sample",
+    ".proj_out.",
+)  # keeps the random VAE's latents near unit scale
 
 
 def standard_deviation(file: str, name: str, shape: list[int]) -> tuple[float, bool]:

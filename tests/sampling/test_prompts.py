@@ -17,7 +17,17 @@ def read(path, text):
 
 def test_three_formats(tmp_path):
     text = "# no\n\na cat --w 100 --d 3 --s 5000\na dog --d -1\n"
-    toml = "[prompt]\nwidth = 100\n[[prompt.subset]]\nprompt = 'a cat'\nseed = 3\nsample_steps = 5000\n[[prompt.subset]]\nprompt = 'a dog'\nwidth = 512\n"
+    toml = """
+[prompt]
+width = 100
+[[prompt.subset]]
+prompt = 'a cat'
+seed = 3
+sample_steps = 5000
+[[prompt.subset]]
+prompt = 'a dog'
+width = 512
+"""
     items = ["a cat --w 100 --d 3 --s 5000", {"prompt": "a dog"}]
     for name, content in (("p.txt", text), ("p.toml", toml), ("p.json", json.dumps(items))):
         cat, dog = read(tmp_path / name, content)

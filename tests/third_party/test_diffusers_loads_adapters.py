@@ -97,7 +97,9 @@ def test_flux_conversion_accepts_published_names_and_shapes():
 
 def test_trained_flux_file_has_published_names(inputs, tmp_path):
     """Our tiny file and the published key list agree but for the number of blocks."""
-    run_training("flux", network_arguments("flux", inputs, tmp_path, dataset_toml(tmp_path, inputs), "--max_train_steps", "1"))
+    run_training(
+        "flux", network_arguments("flux", inputs, tmp_path, dataset_toml(tmp_path, inputs), "--max_train_steps", "1")
+    )
     ours = set(load_file(tmp_path / "out" / "last.safetensors"))
     published = set(json.loads((GOLDEN / "lora_keys" / "lora_flux_flux.json").read_text()))
     assert ours <= published

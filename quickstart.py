@@ -1,0 +1,199 @@
+"""Install everything into .venv, then watch a FLUX.1 LoRA train on real photographs.
+
+    python quickstart.py            install, then the first training (a few minutes)
+    python quickstart.py install    install only
+    python quickstart.py test       install, then run the test suite; further arguments go to pytest
+
+Needs Python 3.11 to 3.13 and nothing else.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / ".venv"
+OUTPUT = ROOT / "quickstart_output"
+OLDEST, NEWEST = (3, 11), (3, 13)
+WANTED_DROP = 0.2  # of the validation loss
+
+
+def say(text: str = "") -> None:
+    """One line for the person watching."""
+    print(text, flush=True)
+
+
+def fail(text: str) -> None:
+    """Stop with a message."""
+    sys.exit(f"quickstart: {text}")
+
+
+def environment_python() -> Path:
+    """The interpreter of .venv."""
+    return ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def run(command: list[str], what: str, **variables: str) -> None:
+    """Run a command, its output shown as it comes.
+
+    Args:
+        command: program and arguments.
+        what: what it does, for the message when it fails.
+        variables: environment variables to set.
+    """
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=False).returncode
+    if code != 0:
+        fail(f"{what} failed (exit code {code}); the lines above say why")
+
+
+def pinned(package: str) -> str:
+    """`package==version` from constraints.txt."""
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.split("==")[0] == package:
+            return line
+    return package
+
+
+def fingerprint(extras: str, torch: str, index: str | None) -> str:
+    """What an installation depends on."""
+    digest = hashlib.sha256(f"{extras} {torch} {index} {sys.version_info[:2]}".encode())
+    for name in ("pyproject.toml", "constraints.txt"):
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def install(extras: str, torch: str, index: str | None) -> None:
+    """Create .venv and install into it; nothing to do when that was done with the same settings.
+
+    Args:
+        extras: extras of our package, comma-separated.
+        torch: "auto", "none" to keep what is installed, or a requirement.
+        index: pip index to take torch from.
+    """
+    marker = ENVIRONMENT / "quickstart_installed.txt"
+    mark = fingerprint(extras, torch, index)
+    done = marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
+    if mark in done:
+        say(f"installed already: {ENVIRONMENT}")
+        return
+    started = time.monotonic()
+    say(f"installing into {ENVIRONMENT}; this takes minutes the first time")
+    if not environment_python().is_file():
+        venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt").create(ENVIRONMENT)
+    pip = [str(environment_python()), "-m", "pip", "--disable-pip-version-check", "install", "--no-warn-script-location"]
+    if torch != "none":
+        requirement = pinned("torch") if torch == "auto" else torch
+        if shutil.which("nvidia-smi") and not index:
+            say("an NVIDIA GPU is here: pip's default torch is used; --torch-index URL takes it from elsewhere")
+        run([*pip, *(["--index-url", index] if index else []), requirement], "installing torch")
+    constraints = ["-c", "constraints.txt"] if torch == "auto" and not index else []
+    run([*pip, *constraints, "-e", f".[{extras}]"], "installing diffusion-scripts")
+    marker.write_text("\n".join([*done, mark]) + "\n", encoding="utf-8")
+    say(f"installed in {time.monotonic() - started:.0f} s")
+
+
+def launch_command() -> list[str]:
+    """`accelerate launch` for one process."""
+    return [
+        *(str(environment_python()), "-m", "accelerate.commands.launch"),
+        *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", str(min(2, os.cpu_count() or 1))),
+        "flux_train_network.py",
+    ]
+
+
+def validation_losses() -> list[float]:
+    """Validation losses of the finished run, from its event log."""
+    log = OUTPUT / "result" / "first_lora_events.jsonl"
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [event["loss"] for event in events if event["event"] == "validation"]
+
+
+def train() -> None:
+    """Make the model and the photographs, train, show what came out."""
+    started = time.monotonic()
+    say()
+    say("1/2  photographs, tokenizers and a tiny FLUX.1 model")
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    run([str(environment_python()), "-m", "tools.quickstart_assets", str(OUTPUT)], "making the model and the photographs")
+    say()
+    say("2/2  training a LoRA")
+    command = [*launch_command(), "--config_file", str(OUTPUT / "config.toml")]
+    say("     " + " ".join(command[1:]))
+    offline = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}
+    run(command, "training", HF_HUB_OFFLINE="1", **offline)
+    losses = validation_losses()
+    before, after = losses[0], losses[-1]
+    show_result(before, after, time.monotonic() - started)
+    if after > (1 - WANTED_DROP) * before:
+        fail(f"the validation loss fell by less than {WANTED_DROP:.0%}: something is wrong with this installation")
+
+
+def show_result(before: float, after: float, seconds: float) -> None:
+    """What the first training left, and how to go on."""
+    result = OUTPUT / "result"
+    rows = [
+        ("adapter", result / "first_lora.safetensors"),
+        ("loss plot", result / "first_lora_loss.png"),
+        ("sample images", result / "sample"),
+        ("options and dataset", f"{OUTPUT / 'config.toml'}, {OUTPUT / 'dataset.toml'}"),
+        ("event log", result / "first_lora_events.jsonl"),
+    ]
+    say()
+    say(f"Done in {seconds:.0f} s. On 4 photographs that were never trained on, at 4 fixed noise levels with fixed noise,")
+    say(f"the loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}).")
+    say("The tiny model has random weights, so its images are noise: the falling loss is the point.")
+    say("The plan of the run is the table shown before its first step.")
+    say()
+    for name, value in rows:
+        say(f"  {name:<20} {value}")
+    activate = ENVIRONMENT / ("Scripts\\activate" if os.name == "nt" else "bin/activate")
+    say()
+    say("With your own model and photographs (each photograph with a caption in a .txt file of the same name):")
+    say()
+    say(f"  {'' if os.name == 'nt' else 'source '}{activate}")
+    say("  accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors \\")
+    say("    --clip_l clip_l.safetensors --t5xxl t5xxl_fp16.safetensors --ae ae.safetensors \\")
+    say("    --dataset_config my_dataset.toml --output_dir output --output_name my_lora \\")
+    say("    --network_dim 16 --learning_rate 1e-4 --max_train_epochs 10 --mixed_precision bf16 \\")
+    say("    --guidance_scale 1.0 --timestep_sampling flux_shift --model_prediction_type raw \\")
+    say("    --cache_latents --cache_text_encoder_outputs --network_train_unet_only --gradient_checkpointing")
+    say()
+    say("docs/getting_started.md explains the dataset file; docs/training_lora.md the options.")
+
+
+def test(arguments: list[str]) -> int:
+    """Run the test suite; returns pytest's exit code."""
+    command = [str(environment_python()), "-m", "pytest", "-m", "not slow and not gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("train", "install", "test"), default="train", help="default: train")
+    parser.add_argument("--torch", default="auto", help="requirement of torch; none keeps what .venv has")
+    parser.add_argument("--torch-index", help="pip index to install torch from, e.g. the one for your CUDA version")
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.what != "test":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        have = ".".join(map(str, sys.version_info[:2]))
+        fail(f"needs Python 3.11, 3.12 or 3.13; this is {have}. Start it with python3.11, for example.")
+    extras = "tensorboard,quickstart" if arguments.what == "train" else "test"
+    install(extras, arguments.torch, arguments.torch_index)
+    if arguments.what == "train":
+        train()
+    if arguments.what == "test":
+        sys.exit(test(rest))
+
+
+if __name__ == "__main__":
+    main()
