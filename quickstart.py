@@ -87,7 +87,14 @@ def install(extras: str, torch: str, index: str | None) -> None:
     say(f"installing into {ENVIRONMENT}; this takes minutes the first time")
     if not environment_python().is_file():
         venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt").create(ENVIRONMENT)
-    pip = [str(environment_python()), "-m", "pip", "--disable-pip-version-check", "install", "--no-warn-script-location"]
+    pip = [
+        str(environment_python()),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--no-warn-script-location",
+    ]
     if torch != "none":
         requirement = pinned("torch") if torch == "auto" else torch
         if shutil.which("nvidia-smi") and not index:
@@ -122,7 +129,10 @@ def train() -> None:
     say()
     say("1/2  photographs, tokenizers and a tiny FLUX.1 model")
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    run([str(environment_python()), "-m", "tools.quickstart_assets", str(OUTPUT)], "making the model and the photographs")
+    run(
+        [str(environment_python()), "-m", "tools.quickstart_assets", str(OUTPUT)],
+        "making the model and the photographs",
+    )
     say()
     say("2/2  training a LoRA")
     command = [*launch_command(), "--config_file", str(OUTPUT / "config.toml")]
@@ -147,7 +157,9 @@ def show_result(before: float, after: float, seconds: float) -> None:
         ("event log", result / "first_lora_events.jsonl"),
     ]
     say()
-    say(f"Done in {seconds:.0f} s. On 4 photographs that were never trained on, at 4 fixed noise levels with fixed noise,")
+    say(
+        f"Done in {seconds:.0f} s. On 4 photographs that were never trained on, at 4 fixed noise levels with fixed noise,"
+    )
     say(f"the loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}).")
     say("The tiny model has random weights, so its images are noise: the falling loss is the point.")
     say("The plan of the run is the table shown before its first step.")
