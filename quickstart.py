@@ -157,9 +157,7 @@ def show_result(before: float, after: float, seconds: float) -> None:
         ("event log", result / "first_lora_events.jsonl"),
     ]
     say()
-    say(
-        f"Done in {seconds:.0f} s. On 4 photographs that were never trained on, at 4 fixed noise levels with fixed noise,"
-    )
+    say(say(f"Done in {seconds:.0f} s. On 4 photographs never trained on, at 4 fixed noise levels with fixed noise,"))
     say(f"the loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}).")
     say("The tiny model has random weights, so its images are noise: the falling loss is the point.")
     say("The plan of the run is the table shown before its first step.")

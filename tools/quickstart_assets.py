@@ -1,4 +1,4 @@
-"""Make everything a first training needs: photographs with captions, a tiny FLUX.1 model with tokenizers, configuration.
+"""Make what a first training needs: photographs with captions, a tiny FLUX.1 model with tokenizers, configuration.
 
     python -m tools.quickstart_assets quickstart_output
 

@@ -1,0 +1,91 @@
+"""Commands, files and links that the documentation shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from library.config_util import read_config, resolve_datasets
+from library.train_util import find_problems, parse_options
+from tools import compare_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCRIPTS = {"train_network.py": "sd", "flux_train_network.py": "flux"}
+pytestmark = pytest.mark.docs
+
+
+def blocks(language):
+    for page in PAGES:
+        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+            if found[1] == language:
+                yield page.name, found[2]
+
+
+def commands():
+    for page, text in blocks(""):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:2] == ["accelerate", "launch"]:
+                yield page, words[2:]
+            elif words[:1] == ["python"] and words[1].startswith(("tools/", "quickstart")):
+                yield page, words[1:]
+
+
+COMMANDS = list(commands())
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_commands_parse(page, words):
+    script, *arguments = words
+    assert (ROOT / script).is_file()
+    if script in SCRIPTS:
+        options = parse_options(
+            SCRIPTS[script], "network", [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
+        )
+        assert find_problems(SCRIPTS[script], "network", options) == []
+    elif script == "tools/compare_steps.py":
+        compare_steps.setup_parser().parse_args(arguments)
+    elif script == "quickstart.py":
+        assert arguments in ([], ["test"], ["install"])
+
+
+@pytest.mark.parametrize(("page", "text"), list(blocks("toml")), ids=lambda value: value.splitlines()[0][:30])
+def test_dataset_files_resolve(page, text, tmp_path):
+    (tmp_path / "dataset.toml").write_text(text)
+    assert resolve_datasets(read_config(tmp_path / "dataset.toml"), {})
+
+
+@pytest.mark.parametrize(("name", "family"), [("flux_lora", "flux"), ("sd15_lora", "sd")])
+def test_configurations_load(name, family):
+    options = parse_options(
+        family, "network", ["--config_file", str(ROOT / "configs" / f"{name}.toml"), "--strict_config"]
+    )
+    assert find_problems(family, "network", options) == []
+    assert resolve_datasets(read_config(ROOT / options.value("dataset_config")), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_flags_in_the_documentation_exist():
+    known = set()
+    for family in ("sd", "flux"):
+        from library.train_util import make_parser
+
+        known |= {flag for action in make_parser(family, "network")._actions for flag in action.option_strings}
+    known |= {
+        f"--{name}" for name in ("w", "h", "d", "s", "l", "g", "n", "ss", "num_processes", "plot", "check", "help")
+    }
+    for page in PAGES:
+        for flag in re.findall(r"`(--\w+)", page.read_text(encoding="utf-8")):
+            assert flag in known, f"{page.name}: {flag}"
