@@ -1,0 +1,50 @@
+"""From the start of a script to its first finished step, beside the imports it cannot do without. Target: imports + 1 s.
+
+python benchmarks/start_to_first_step.py
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ENVIRONMENT, ROOT, median, seconds, training_arguments, write_inputs
+
+# torch, and what the run needs of transformers and diffusers
+IMPORTS = {
+    "sd": "import torch; from transformers import CLIPTextModel, CLIPTokenizer; "
+    "from diffusers import AutoencoderKL, UNet2DConditionModel",
+    "flux": "import torch; from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer; "
+    "from diffusers import AutoencoderKL",
+}
+SCRIPTS = {"sd": "train_network.py", "flux": "flux_train_network.py"}
+
+
+def first_step(family: str, folder: Path) -> float:
+    """Seconds until the event log shows a finished step."""
+    started = time.time()
+    command = [sys.executable, SCRIPTS[family], *training_arguments(family, folder, 1)]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    lines = (folder / "out" / f"{family}_events.jsonl").read_text(encoding="utf-8").splitlines()
+    return next(event["time"] for event in map(json.loads, lines) if event["event"] == "step") - started
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = write_inputs(Path(place))
+        torch = median(lambda: seconds([sys.executable, "-c", "import torch"]), runs=3)
+        print(f"import torch {torch:.2f} s")
+        for family in SCRIPTS:
+            floor = median(lambda family=family: seconds([sys.executable, "-c", IMPORTS[family]]), runs=3)
+            taken = median(lambda family=family: first_step(family, folder), runs=3)
+            state = "met" if taken <= floor + 1 else "MISSED"
+            print(
+                f"{family}: first step after {taken:.2f} s, bare imports {floor:.2f} s, "
+                f"beyond them {taken - floor:+.2f} s ({taken / floor:.2f} x); target +1 s: {state}"
+            )
+
+
+if __name__ == "__main__":
+    main()
