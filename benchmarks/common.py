@@ -21,8 +21,8 @@ def write_inputs(folder: Path) -> Path:
     spec.loader.exec_module(module)
     module.write_inputs(folder)
     (folder / "dataset.toml").write_text(
-        "[[datasets]]\nresolution = 128\nbatch_size = 1\nenable_bucket = true\nmin_bucket_reso = 64\n"
-        f"max_bucket_reso = 256\n[[datasets.subsets]]\nimage_dir = '{folder / 'data' / 'img'}'\ncaption_extension = '.txt'\n"
+        "[[datasets]]\nresolution = 128\nenable_bucket = true\nmin_bucket_reso = 64\nmax_bucket_reso = 256\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder / 'data' / 'img'}'\ncaption_extension = '.txt'\n"
     )
     return folder
 

@@ -1,4 +1,4 @@
-"""From the start of a script to its first finished step, beside the imports it cannot do without. Target: imports + 1 s.
+"""From the start of a script to its first finished step, beside the imports it needs. Target: imports + 1 s.
 
 python benchmarks/start_to_first_step.py
 """

@@ -5,6 +5,7 @@ python benchmarks/step_overhead.py
 The same process times whole steps of the loop, then forward, backward and optimizer alone on the same inputs.
 """
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -30,7 +31,7 @@ def main() -> None:
     inner: dict[str, float] = {}
     original = engine.Trainer.train_window
 
-    def compute_alone(trainer, batches, window) -> float:
+    def compute_alone(trainer, batches) -> float:
         """Median of forward, backward and optimizer on one batch's inputs."""
         session = trainer.session
         inputs = session.inputs.assemble(batches[0])
@@ -49,7 +50,7 @@ def main() -> None:
     def timed(self, window, batches):
         result = original(self, window, batches)
         if self.session.state.step == STEPS - 1:
-            inner["compute"] = compute_alone(self, batches, window)
+            inner["compute"] = compute_alone(self, batches)
         ends.append(time.perf_counter())
         return result
 
@@ -59,7 +60,7 @@ def main() -> None:
         for family in ("flux", "sd"):
             ends.clear()
             train(family, "network", parse_options(family, "network", training_arguments(family, folder, STEPS)))
-            steps = [b - a for a, b in zip(ends[20:-2], ends[21:-1])]
+            steps = [b - a for a, b in itertools.pairwise(ends[20:-1])]
             step, compute = statistics.median(steps) * 1000, inner["compute"] * 1000
             state = "met" if step <= compute + 5 else "MISSED"
             print(
