@@ -1,6 +1,7 @@
 """Load FLUX.1 from its published files: transformer, autoencoder, CLIP-L, T5-XXL."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from library.base.errors import CheckpointError, Problem, raise_problems
@@ -99,7 +100,7 @@ def load_transformer(file: TensorFile, prefix: str, need: Need) -> Any:
         path=file.path,
         part="FLUX.1 transformer",
         dtype=need.dtype,
-        device=need.device,
+        device=need.place_of_denoiser,
     )
 
 
@@ -129,7 +130,13 @@ def inspect(options: OptionSet) -> Variant:
     for flag, (mark, reason) in marks.items():
         if not any(name.endswith(mark) for name in opened[flag].names):
             raise CheckpointError(f"--{flag}", options.value(flag), f"{reason} (no tensor {mark})")
-    return _variant(flux_params(file, prefix))
+    sizes = {
+        "transformer": file.num_parameters(prefix),
+        "CLIP-L": opened["clip_l"].num_parameters(),
+        "T5": opened["t5xxl"].num_parameters("encoder.") + opened["t5xxl"].num_parameters("shared."),
+        "VAE": opened["ae"].num_parameters(),
+    }
+    return replace(_variant(flux_params(file, prefix)), num_parameters=sizes)
 
 
 def load_components(options: OptionSet, need: Need) -> Components:

@@ -1,5 +1,6 @@
 """Load Stable Diffusion 1.x from a single checkpoint file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def load_unet(file: TensorFile, need: Need) -> Any:
         path=file.path,
         part="U-Net",
         dtype=need.dtype,
-        device=need.device,
+        device=need.place_of_denoiser,
     )
 
 
@@ -82,9 +83,14 @@ def inspect(options: OptionSet) -> Variant:
     Raises:
         CheckpointError: a missing, damaged or foreign file.
     """
-    if options.value("vae"):
-        TensorFile(options.value("vae"))
-    return detect_variant(open_checkpoint(options.value("pretrained_model_name_or_path")))
+    file = open_checkpoint(options.value("pretrained_model_name_or_path"))
+    own = options.value("vae")
+    sizes = {
+        "U-Net": file.num_parameters(_UNET),
+        "text encoder": file.num_parameters(_TEXT),
+        "VAE": TensorFile(own).num_parameters() if own else file.num_parameters(_VAE),
+    }
+    return replace(detect_variant(file), num_parameters=sizes)
 
 
 def load_components(options: OptionSet, need: Need) -> Components:

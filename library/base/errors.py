@@ -6,9 +6,14 @@ A `UserError` ends a script with exit code 2 and the text of its problems; anyth
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-_NO_VALUE = object()
+
+class _Missing(Enum):
+    """Stands for "no value given"; a member stays itself when it is sent to another process."""
+
+    VALUE = 0
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,10 @@ class Problem:
 
     where: str
     message: str
-    value: Any = _NO_VALUE
+    value: Any = _Missing.VALUE
 
     def __str__(self) -> str:
-        shown = "" if self.value is _NO_VALUE else f" = {self.value!r}"
+        shown = "" if self.value is _Missing.VALUE else f" = {self.value!r}"
         return f"{self.where}{shown}: {self.message}"
 
 
@@ -37,10 +42,23 @@ class UserError(Exception):
     """
 
     def __init__(
-        self, where: str = "", value: Any = _NO_VALUE, message: str = "", *, problems: Iterable[Problem] | None = None
+        self,
+        where: str = "",
+        value: Any = _Missing.VALUE,
+        message: str = "",
+        *,
+        problems: Iterable[Problem] | None = None,
     ) -> None:
         self.problems = list(problems) if problems is not None else [Problem(where, message, value)]
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.problems)
+
+
+def _rebuild(kind: type[UserError], problems: list[Problem]) -> UserError:
+    """The error with the same problems, in another process."""
+    return kind(problems=problems)
 
 
 class CheckpointError(UserError):

@@ -1,6 +1,7 @@
 """Reading tensors without copying files into memory, and writing files that are never half there."""
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,10 @@ class TensorFile:
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self.shapes)
+
+    def num_parameters(self, prefix: str = "") -> int:
+        """Elements of all tensors below a prefix."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name.startswith(prefix))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; its memory is a private mapping of the file."""

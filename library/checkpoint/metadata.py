@@ -1,9 +1,9 @@
 """The `ss_*` metadata of adapter files. Every value becomes text; None is "None"."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -252,22 +252,26 @@ class ModelHashes:
 
     def __init__(self, files: Mapping[str, str | None]) -> None:
         self._files = {word: path for word, path in files.items() if path}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hash")
-        self._futures: dict[str, Future[tuple[str, str]]] = {
-            word: self._pool.submit(model_hashes, path) for word, path in self._files.items() if Path(path).is_file()
-        }
+        self._found: dict[str, tuple[str, str]] = {}
+        # a daemon: a run that stops early must not wait for it
+        self._thread = threading.Thread(target=self._compute, name="model hashes", daemon=True)
+        self._thread.start()
+
+    def _compute(self) -> None:
+        for word, path in self._files.items():
+            try:
+                if Path(path).is_file():
+                    self._found[word] = model_hashes(path)
+            except OSError as error:
+                logger.warning("%s could not be hashed: %s", path, error)
 
     def metadata(self) -> dict[str, str]:
         """`ss_<word>_hash`, `ss_new_<word>_hash` and `ss_<word>_name`; waits until they are known."""
+        self._thread.join()
         entries: dict[str, str] = {}
         for word, path in self._files.items():
             entries[f"ss_{word}_name"] = Path(path).name if Path(path).exists() else path
-            if word in self._futures:
-                try:
-                    legacy, full = self._futures[word].result()
-                except OSError as error:
-                    logger.warning("%s could not be hashed: %s", path, error)
-                    continue
+            if word in self._found:
+                legacy, full = self._found[word]
                 entries |= {f"ss_{word}_hash": legacy, f"ss_new_{word}_hash": full}
-        self._pool.shutdown(wait=False)
         return entries

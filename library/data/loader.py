@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from library.base.errors import UserError
 from library.batch import TrainBatch
 from library.data.dataset import TrainDataset
 from library.data.order import BatchSpec, epoch_batches
@@ -43,7 +44,20 @@ class _EpochSampler(Sampler[BatchSpec]):
         return len(self.specs)
 
 
-def _single(batch: TrainBatch) -> TrainBatch:
+class _Reader(Dataset["TrainBatch | UserError"]):
+    """Hands a user's error on as a value: raised in a worker it would arrive as a traceback in a text."""
+
+    def __init__(self, dataset: TrainDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, spec: BatchSpec) -> TrainBatch | UserError:
+        try:
+            return self.dataset[spec]
+        except UserError as error:
+            return error
+
+
+def _single(batch: TrainBatch | UserError) -> TrainBatch | UserError:
     return batch
 
 
@@ -64,7 +78,7 @@ class TrainData:
         self.rank = rank
         self._sampler = _EpochSampler()
         self._loader = DataLoader(
-            dataset,
+            _Reader(dataset),
             batch_size=None,
             sampler=self._sampler,
             collate_fn=_single,
@@ -110,6 +124,9 @@ class TrainData:
         return range(low + self.rank, high, self.world_size)
 
 
-def _take(stream: Iterator[TrainBatch], count: int) -> Iterator[TrainBatch]:
+def _take(stream: Iterator[TrainBatch | UserError], count: int) -> Iterator[TrainBatch]:
     for _ in range(count):
-        yield next(stream)
+        batch = next(stream)
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

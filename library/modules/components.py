@@ -19,6 +19,13 @@ class Need:
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # the denoiser may wait elsewhere while text encoders and VAE fill their caches on the device
+    denoiser_device: torch.device | None = None
+
+    @property
+    def place_of_denoiser(self) -> torch.device:
+        """Where the denoiser is loaded to."""
+        return self.denoiser_device or self.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +35,14 @@ class Variant:
     Attributes:
         name: e.g. "v1", "dev", "schnell".
         base_model_version: value of `ss_base_model_version`.
-        config: sizes read from the checkpoint, for the plan table.
+        config: sizes read from the checkpoint.
+        num_parameters: of each part that will be loaded, from the headers of its file.
     """
 
     name: str
     base_model_version: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    num_parameters: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

@@ -90,7 +90,9 @@ def load(setting: Setting) -> Components:
     """Load the model, frozen, and merge `--base_weights` into it."""
     plan = setting.plan
     options = plan.options
-    need = Need(dtype=plan.dtype, vae_dtype=plan.vae_dtype, device=setting.device)
+    # text encoders and VAE may leave the device after caching, so the denoiser comes there only then
+    waiting = torch.device("cpu") if plan.cache_latents or plan.cache_text else None
+    need = Need(dtype=plan.dtype, vae_dtype=plan.vae_dtype, device=setting.device, denoiser_device=waiting)
     components: Components = resolve(setting.family.load)(options, need)
     components.freeze()
     setting.strategies.tokenize.check_vocabularies(components.text_encoders)
@@ -225,9 +227,15 @@ def make_latents(setting: Setting, components: Components) -> tuple[LatentSource
     components.vae.to("cpu")
     if not setting.inspected.requests:
         components.vae = None
+    return sources[0], sources[1]
+
+
+def bring_denoiser(setting: Setting, components: Components) -> None:
+    """Move the denoiser to the device, into the memory that text encoders and VAE left."""
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
-    return sources[0], sources[1]
+    assert components.denoiser is not None
+    components.denoiser.to(setting.device)
 
 
 def make_optimizer(setting: Setting, task: NetworkTask) -> OptimizerDriver:
@@ -413,6 +421,7 @@ def build_session(
     else:
         latents = held_out = LatentSource(None, None)
     conditioning = make_conditioning(setting, components, trained, autocast)
+    bring_denoiser(setting, components)
     wrap_blocks(setting, components, trained)
     optimizer = make_optimizer(setting, task)
     # the schedule spans --max_train_steps; a replay ends where its record does

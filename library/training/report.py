@@ -1,5 +1,6 @@
 """What a run says before, while and after it trains."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +101,15 @@ class Progress:
         self.losses: list[float] = []
         self.validation: list[tuple[int, float]] = []
         self._pending: tuple[int, Tensor, dict[str, float | Tensor], float] | None = None
-        self._bar = tqdm(total=plan.max_steps, initial=state.step, desc="steps", disable=not show, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=plan.max_steps,
+            initial=state.step,
+            desc="steps",
+            disable=not show,
+            dynamic_ncols=True,
+            # in a file or a pipe, a line now and then is enough
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,
+        )
         self._waited = 0.0
         self._started = time.monotonic()
 

@@ -200,9 +200,19 @@ def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Process
         "schedule": f"{options[ScheduleOptions].lr_scheduler}, warm-up {options[ScheduleOptions].lr_warmup_steps}",
         "in memory": ", ".join(caches) or "nothing cached",
         "checkpointing": "on" if options[MemoryOptions].gradient_checkpointing else "off",
+        "memory": _memory_estimate(plan, free),
         "device": f"{processes.device}" + (f", {readable(free)} free" if free else ""),
         "results": str(plan.names.final()),
     }
+
+
+def _memory_estimate(plan: RunPlan, free: int | None) -> str:
+    """Bytes of the weights from the files' headers; adapters, activations and the optimizer come on top."""
+    parts = {name: count * plan.dtype.itemsize for name, count in plan.variant.num_parameters.items()}
+    total = sum(parts.values())
+    detail = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
+    short = ", MORE THAN IS FREE" if free is not None and max(parts.values(), default=0) > free else ""
+    return f"weights {readable(total)} ({detail}){short}; activations and the adapter come on top"
 
 
 def _memory_line(session: Session, processes: Processes) -> str:

@@ -319,3 +319,25 @@ def test_two_families_in_one_process(arguments, tmp_path):
     assert run_training("sd", arguments()).state.step == 4
     assert run_training("flux", arguments(family="flux")).state.step == 4
     assert time.time() - started < 120
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_breaks_while_training_is_named(arguments, inputs, tmp_path, workers):
+    """Its header is right, so only reading it shows; from a worker process too it is one line, not a traceback."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    data = (inputs.folder / "data" / "img" / "cat.png").read_bytes()
+    (folder / "cat.png").write_bytes(data[: len(data) // 2])
+    (folder / "cat.txt").write_text("a cat")
+    given = arguments("--max_data_loader_n_workers", workers)
+    config = tmp_path / "dataset.toml"
+    config.write_text(config.read_text().replace(str(inputs.folder / "data" / "img"), str(folder)))
+    with pytest.raises(UserError, match="cat.png: cannot be decoded") as error:
+        run_training("sd", given)
+    assert "\n" not in str(error.value)
+
+
+def test_memory_is_estimated_before_loading(arguments, messages):
+    run_training("flux", arguments("--dry_run", family="flux"))
+    line = next(text for text in messages.text.splitlines() if "weights" in text and "transformer" in text)
+    assert "T5" in line and "VAE" in line and "CLIP-L" in line
