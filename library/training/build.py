@@ -2,13 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,13 @@ from library.base.dtypes import dtype_from_name
 from library.base.errors import UserError
 from library.base.lazy import resolve
 from library.base.randomness import address, seeded_globals
-from library.batch import StepInputs
+from library.batch import ItemAddress, StepInputs
 from library.caching.latents import cache_latents
 from library.caching.text_outputs import cache_text_outputs
 from library.checkpoint.metadata import ModelHashes, TrainingFacts, minimum_metadata, training_metadata
 from library.checkpoint.model_spec import model_spec_metadata
 from library.checkpoint.saver import Saver
+from library.data.dataset import TrainDataset
 from library.data.loader import TrainData
 from library.family import Family
 from library.modules.checkpointing import checkpointed
@@ -160,20 +160,17 @@ def make_autocast(setting: Setting) -> Autocast:
 
 
 def make_conditioning(
-    setting: Setting, components: Components, trained: list[bool], autocast: Autocast
+    setting: Setting, components: Components, trained: list[bool], autocast: Autocast, recorded: Sequence[str] | None
 ) -> ConditioningSource:
     """Text conditioning, cached where asked for; encoders that are not needed any more are let go."""
     source = ConditioningSource(setting.strategies, components.text_encoders, trained, None, setting.device, autocast)
     if not setting.plan.cache_text:
         return source
     rest = [None if on else encoder for encoder, on in zip(components.text_encoders, trained)]
-    dataset, held_out = setting.plan.dataset(), setting.plan.dataset(validation=True)
-    texts = [
-        subset_text
-        for data in (dataset, held_out)
-        for images in data.sets
-        for subset_text in _fixed_captions(data, images)
-    ]
+    dataset = setting.plan.dataset()
+    # a replay trains on the captions of its record, whatever the files say now
+    texts = list(recorded) if recorded is not None else _captions(dataset)
+    texts += _captions(setting.plan.dataset(validation=True))
     texts += [text for request in setting.inspected.requests for text in (request.prompt, request.negative)]
     size = setting.plan.options[TextCachingOptions].text_encoder_batch_size or dataset.sets[0].plan.batch_size
     source.cached = cache_text_outputs(
@@ -186,13 +183,11 @@ def make_conditioning(
     return source
 
 
-def _fixed_captions(data: Any, images: Any) -> list[str]:
-    """Texts of all images whose captions do not change from visit to visit."""
-    from library.batch import ItemAddress
-
-    number = data.sets.index(images)
+def _captions(data: TrainDataset) -> list[str]:
+    """Texts of all images, which do not change from visit to visit when they are cached."""
     return [
         data.caption(ItemAddress(number, record.subset, index, record.key, 0, 0), 0)
+        for number, images in enumerate(data.sets)
         for index, record in enumerate(images.records)
     ]
 
@@ -420,7 +415,7 @@ def build_session(
         latents, held_out = make_latents(setting, components)
     else:
         latents = held_out = LatentSource(None, None)
-    conditioning = make_conditioning(setting, components, trained, autocast)
+    conditioning = make_conditioning(setting, components, trained, autocast, replay and replay.captions())
     bring_denoiser(setting, components)
     wrap_blocks(setting, components, trained)
     optimizer = make_optimizer(setting, task)

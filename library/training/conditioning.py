@@ -1,6 +1,6 @@
 """Where the text conditioning of a batch comes from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -29,7 +29,7 @@ class ConditioningSource:
         trained: Sequence[bool],
         cached: Mapping[str, Conditioning] | None,
         device: torch.device,
-        autocast: "type[AbstractContextManager[None]] | object",
+        autocast: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.strategies = strategies
         self.encoders = list(encoders)

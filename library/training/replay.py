@@ -120,6 +120,10 @@ class Replay:
         """Optimizer steps that are replayed; they count as one epoch."""
         return -(-len(self.lines) // self.accumulation)
 
+    def captions(self) -> list[str]:
+        """Every caption of the record."""
+        return [caption for line in self.lines for caption in line["captions"]]
+
     def _find_items(self) -> list[list[ItemAddress]]:
         """The images of every micro-step.
 

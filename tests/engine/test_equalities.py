@@ -110,6 +110,17 @@ def test_recording_and_replaying_is_the_same_run(family, inputs, tmp_path):
     assert_same(first, again)
 
 
+def test_replay_takes_captions_from_the_record(inputs, tmp_path):
+    """Shuffled when they were recorded; the replay caches the texts of the record, not of the files."""
+    record = tmp_path / "record"
+    shuffled = "shuffle_caption = true"
+    unet = ("--network_train_unet_only",)
+    first = result("flux", inputs, tmp_path / "a", *unet, "--record_steps", str(record), batch_size=1, subset=shuffled)
+    more = (*unet, "--replay_steps", str(record), "--cache_text_encoder_outputs")
+    again = result("flux", inputs, tmp_path / "b", *more, batch_size=1)
+    assert first[0].losses == pytest.approx(again[0].losses, rel=1e-6)
+
+
 def test_cached_text_is_encoded_text(inputs, tmp_path):
     more = ("--network_train_unet_only",)
     first = result("flux", inputs, tmp_path / "a", *more, batch_size=1)

@@ -341,3 +341,10 @@ def test_memory_is_estimated_before_loading(arguments, messages):
     run_training("flux", arguments("--dry_run", family="flux"))
     line = next(text for text in messages.text.splitlines() if "weights" in text and "transformer" in text)
     assert "T5" in line and "VAE" in line and "CLIP-L" in line
+
+
+def test_lycoris_on_flux(arguments, tmp_path):
+    more = ("--network_module", "lycoris.kohya", "--network_args", "algo=loha", "preset=attn-mlp")
+    run_training("flux", arguments(*more, "--network_train_unet_only", "--cache_text_encoder_outputs", family="flux"))
+    names = load_file(tmp_path / "out" / "last.safetensors")
+    assert any(name.startswith("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a") for name in names)

@@ -5,13 +5,13 @@ import re
 import pytest
 import torch
 from adapter_models import clip_encoder, golden_keys, sdxl_unet, tiny_unet
+from lycoris import kohya
 from safetensors.torch import load_file
 
 from library.modules.checkpointing import checkpointed
 from library.modules.published_view import published_view
 
 pytestmark = pytest.mark.third_party
-kohya = pytest.importorskip("lycoris.kohya")
 
 
 def patterns(keys):
