@@ -9,7 +9,7 @@ from library.base.safetensors_io import TensorFile
 from library.flux_models import Flux, FluxParams
 from library.modules.clip import load_clip_text
 from library.modules.components import Components, Need, Variant
-from library.modules.loading import highest_index, load_module, merge_config, readers
+from library.modules.loading import highest_index, load_module, merge_config, open_model_file, readers
 from library.modules.published_view import published_view
 from library.modules.t5 import load_t5_encoder
 from library.modules.vae import load_vae
@@ -33,7 +33,7 @@ def open_transformer(path: str) -> tuple[TensorFile, str]:
     Raises:
         CheckpointError: missing file or another model.
     """
-    file = TensorFile(path)
+    file = open_model_file("--pretrained_model_name_or_path", path)
     prefix = _PREFIX if any(name.startswith(_PREFIX) for name in file.names) else ""
     for name, reason in _FOREIGN.items():
         if prefix + name in file:
@@ -111,7 +111,7 @@ def _required_files(options: OptionSet, names: Iterable[str]) -> dict[str, Tenso
     raise_problems(
         Problem(f"--{name}", f"is needed: the file of {meaning[name]}") for name in names if not options.value(name)
     )
-    return {name: TensorFile(options.value(name)) for name in names}
+    return {name: open_model_file(f"--{name}", options.value(name)) for name in names}
 
 
 def inspect(options: OptionSet) -> Variant:

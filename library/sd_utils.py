@@ -1,14 +1,13 @@
 """Load Stable Diffusion 1.x from a single checkpoint file."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import TensorFile
 from library.modules.clip import load_clip_text
 from library.modules.components import Components, Need, Variant
-from library.modules.loading import load_module, merge_config, readers
+from library.modules.loading import load_module, merge_config, open_model_file, readers
 from library.modules.published_view import published_view
 from library.modules.vae import load_vae
 from library.options.schema import OptionSet
@@ -26,13 +25,7 @@ def open_checkpoint(path: str) -> TensorFile:
     Raises:
         CheckpointError: missing file, a directory, or another model family.
     """
-    if Path(path).is_dir():
-        raise CheckpointError(
-            "--pretrained_model_name_or_path",
-            path,
-            "is a folder; this version reads single-file checkpoints (.safetensors or .ckpt)",
-        )
-    file = TensorFile(path)
+    file = open_model_file("--pretrained_model_name_or_path", path)
     names = file.names
     if f"{_UNET}label_emb.0.0.weight" in file:
         raise CheckpointError(path, message="is an SDXL checkpoint; use the sdxl_* scripts")
@@ -88,7 +81,7 @@ def inspect(options: OptionSet) -> Variant:
     sizes = {
         "U-Net": file.num_parameters(_UNET),
         "text encoder": file.num_parameters(_TEXT),
-        "VAE": TensorFile(own).num_parameters() if own else file.num_parameters(_VAE),
+        "VAE": open_model_file("--vae", own).num_parameters() if own else file.num_parameters(_VAE),
     }
     return replace(detect_variant(file), num_parameters=sizes)
 

@@ -16,6 +16,25 @@ from library.base.safetensors_io import TensorFile
 Reader = Callable[[], Tensor]
 
 
+def open_model_file(flag: str, path: str) -> TensorFile:
+    """The file that a flag names.
+
+    Raises:
+        CheckpointError: no such file, a folder, or a name on the hub.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise CheckpointError(flag, path, "is a folder; this version reads single files (.safetensors)")
+    if not place.is_file():
+        hint = (
+            "; if it is a name on the hub, download its single file first"
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+            else ""
+        )
+        raise CheckpointError(flag, path, f"no such file{hint}")
+    return TensorFile(place)
+
+
 def readers(file: TensorFile, names: Mapping[str, str]) -> dict[str, Reader]:
     """Deferred reads: module tensor name -> reader of the file tensor `names` maps it to."""
     return {ours: (lambda stored=stored: file.tensor(stored)) for ours, stored in names.items()}

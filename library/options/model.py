@@ -12,9 +12,7 @@ from library.options.schema import option
 class ModelOptions:
     """Model: the base model and how its parts are read."""
 
-    pretrained_model_name_or_path: str | None = option(
-        None, help="base model: checkpoint file, diffusers folder or hub name"
-    )
+    pretrained_model_name_or_path: str | None = option(None, help="base model: checkpoint file")
     v2: bool = option(False, help="the model is Stable Diffusion 2.x")
     v_parameterization: bool = option(False, help="the model predicts velocity instead of noise")
     tokenizer_cache_dir: str | None = option(None, help="folder that keeps tokenizers for work without a network")
