@@ -125,3 +125,10 @@ def test_validation_split_neither_leaks_nor_loses(split):
     assert not set(train) & set(held_out)
     assert {11, 12, 13} <= set(train)
     assert split_validation(plan, records, seed=5) == (train, held_out)
+
+
+def test_batches_are_put_together_anew_every_epoch():
+    """Not only the order of batches changes: images of a bucket meet others."""
+    data = OrderedDataset([f"{n}.png" for n in range(12)], [0] * 12, [1] * 12, [(64, 64)] * 12, 3)
+    groups = [{frozenset(item.key for item in batch) for batch in epoch_batches([data], 1, epoch)} for epoch in (1, 2)]
+    assert groups[0] != groups[1]

@@ -9,7 +9,7 @@ from PIL import Image
 from support.runs import dataset_toml, events, network_arguments, run_training
 
 from library.base.errors import UserError
-from library.base.safetensors_io import load_file, read_header
+from library.base.safetensors_io import load_file, read_header, save_file_atomic
 
 
 def names(folder):
@@ -348,3 +348,76 @@ def test_lycoris_on_flux(arguments, tmp_path):
     run_training("flux", arguments(*more, "--network_train_unet_only", "--cache_text_encoder_outputs", family="flux"))
     names = load_file(tmp_path / "out" / "last.safetensors")
     assert any(name.startswith("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a") for name in names)
+
+
+def test_checkpointing_and_compiling_really_happen(arguments, monkeypatch):
+    """The equalities above would hold as well if the flags did nothing."""
+    from library.training import build
+
+    wrapped = []
+    real = build.checkpointed
+    monkeypatch.setattr(
+        build, "checkpointed", lambda block, **kw: wrapped.append(type(block).__name__) or real(block, **kw)
+    )
+    run_training("flux", arguments("--max_train_steps", "1", family="flux"))
+    assert not wrapped
+    torch._dynamo.utils.counters.clear()
+    more = ("--gradient_checkpointing", "--compile", "--compile_backend", "eager", "--compile_dynamic", "true")
+    run_training("flux", arguments("--max_train_steps", "1", *more, family="flux"))
+    assert set(wrapped) == {"DoubleStreamBlock", "SingleStreamBlock", "CLIPEncoderLayer"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    wrapped.clear()
+    run_training("sd", arguments("--max_train_steps", "1", "--gradient_checkpointing"))
+    assert set(wrapped) == {"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"}
+
+
+def test_another_vae(arguments, inputs, tmp_path):
+    """`--vae` replaces the checkpoint's own; bare and whole-checkpoint names are read."""
+    own = {
+        name.removeprefix("first_stage_model."): tensor
+        for name, tensor in load_file(inputs.model("sd15")).items()
+        if name.startswith("first_stage_model.")
+    }
+    plain = run_training("sd", arguments("--max_train_steps", "1")).losses
+    save_file_atomic(own, tmp_path / "same.safetensors")
+    assert (
+        run_training("sd", arguments("--max_train_steps", "1", "--vae", str(tmp_path / "same.safetensors"))).losses
+        == plain
+    )
+    own["encoder.conv_in.weight"] = own["encoder.conv_in.weight"] * 1.5
+    save_file_atomic(
+        {f"first_stage_model.{name}": tensor for name, tensor in own.items()}, tmp_path / "other.safetensors"
+    )
+    other = run_training("sd", arguments("--max_train_steps", "1", "--vae", str(tmp_path / "other.safetensors"))).losses
+    assert other != plain
+
+
+def test_what_is_cached_is_let_go(arguments, monkeypatch):
+    """Encoders and VAE do not stay in memory once their outputs are known."""
+    from library.training import run
+
+    sessions = []
+    real = run.build_session
+
+    def build(*given):
+        sessions.append(real(*given))
+        return sessions[-1]
+
+    monkeypatch.setattr(run, "build_session", build)
+    cached = ("--cache_latents", "--cache_text_encoder_outputs")
+    run_training("flux", arguments(*cached, "--network_train_unet_only", family="flux"))
+    run_training("flux", arguments(*cached, family="flux"))
+    whole, partly = (session.components for session, _ in sessions)
+    assert whole.text_encoders == [None, None] and whole.vae is None
+    assert partly.text_encoders[0] is not None and partly.text_encoders[1] is None
+
+
+def test_dropouts_rest_while_validating(arguments, tmp_path):
+    """The last validation of a run with dropout is the first one of a run that goes on from its file."""
+    data = {"dataset": "validation_split = 0.3\nvalidation_seed = 5"}
+    first = run_training("sd", arguments("--network_dropout", "0.5", "--learning_rate", "1e-2", **data))
+    saved = tmp_path / "saved.safetensors"
+    (tmp_path / "out" / "last.safetensors").rename(saved)
+    more = ("--network_weights", str(saved), "--validate_at_first", "--max_train_steps", "1")
+    again = run_training("sd", arguments(*more, **data))
+    assert again.validation[0][1] == pytest.approx(first.validation[-1][1], rel=1e-5)
