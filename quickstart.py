@@ -4,8 +4,10 @@
     python quickstart.py install    install only
     python quickstart.py test       install, then run the test suite; further arguments go to pytest
 
-Needs Python 3.11 to 3.13 and nothing else.
+Needs Python 3.11, 3.12 or 3.13 and nothing else. Everything goes to .venv and quickstart_output beside this file.
 """
+
+from __future__ import annotations  # an old Python must get far enough to say that it is too old
 
 import argparse
 import hashlib
@@ -21,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 OUTPUT = ROOT / "quickstart_output"
-OLDEST, NEWEST = (3, 11), (3, 13)
+SUPPORTED = ((3, 11), (3, 12), (3, 13))
+MARKER = ENVIRONMENT / "quickstart_installed.txt"
+RESTARTED = "DIFFUSION_SCRIPTS_QUICKSTART_RESTARTED"
 WANTED_DROP = 0.2  # of the validation loss
 
 
@@ -61,12 +65,57 @@ def pinned(package: str) -> str:
     return package
 
 
+def use_supported_python() -> None:
+    """Go on in a supported Python when this one is not, or say which are."""
+    if sys.version_info[:2] in SUPPORTED:
+        return
+    have = "{}.{}".format(*sys.version_info[:2])
+    if not os.environ.get(RESTARTED):
+        launcher = shutil.which("py") if os.name == "nt" else None
+        for major, minor in SUPPORTED:
+            path = shutil.which(f"python{major}.{minor}")
+            command = [path] if path else [launcher, f"-{major}.{minor}"] if launcher else []
+            if command and subprocess.run([*command, "-c", ""], capture_output=True, check=False).returncode == 0:
+                say(f"this is Python {have}; going on with {' '.join(command)}")
+                command += [str(Path(__file__).resolve()), *sys.argv[1:]]
+                sys.exit(subprocess.run(command, env={**os.environ, RESTARTED: "1"}, check=False).returncode)
+    fail(
+        f"needs Python 3.11, 3.12 or 3.13; this is {have}, and no other was found. Install one of them from python.org."
+    )
+
+
 def fingerprint(extras: str, torch: str, index: str | None) -> str:
     """What an installation depends on."""
     digest = hashlib.sha256(f"{extras} {torch} {index} {sys.version_info[:2]}".encode())
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
+
+
+def installed(extras: str, torch: str, index: str | None) -> bool:
+    """Whether .venv holds these extras, or those of the tests, which contain all others."""
+    if not (MARKER.is_file() and environment_python().is_file()):
+        return False
+    done = MARKER.read_text(encoding="utf-8").splitlines()
+    return any(fingerprint(name, torch, index) in done for name in (extras, "test"))
+
+
+def create_environment() -> None:
+    """Make .venv, with a remedy when Python's own venv cannot."""
+    try:
+        venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt").create(ENVIRONMENT)
+    except (subprocess.CalledProcessError, OSError) as error:
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        package = "python{}.{}-venv".format(*sys.version_info[:2])
+        fail(f"{ENVIRONMENT} could not be made ({error}). On Debian and Ubuntu: apt install {package}")
+
+
+def other_constraints() -> str:
+    """constraints.txt without torch, for a torch that was chosen by hand; returns the file's path."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    path = ENVIRONMENT / "constraints_without_torch.txt"
+    path.write_text("".join(line for line in lines if not line.startswith("torch==")), encoding="utf-8")
+    return str(path)
 
 
 def install(extras: str, torch: str, index: str | None) -> None:
@@ -77,32 +126,23 @@ def install(extras: str, torch: str, index: str | None) -> None:
         torch: "auto", "none" to keep what is installed, or a requirement.
         index: pip index to take torch from.
     """
-    marker = ENVIRONMENT / "quickstart_installed.txt"
-    mark = fingerprint(extras, torch, index)
-    done = marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
-    if mark in done:
+    if installed(extras, torch, index):
         say(f"installed already: {ENVIRONMENT}")
         return
     started = time.monotonic()
     say(f"installing into {ENVIRONMENT}; this takes minutes the first time")
     if not environment_python().is_file():
-        venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt").create(ENVIRONMENT)
-    pip = [
-        str(environment_python()),
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--no-warn-script-location",
-    ]
+        create_environment()
+    pip = [str(environment_python()), "-m", "pip", "--disable-pip-version-check", "install"]
     if torch != "none":
         requirement = pinned("torch") if torch == "auto" else torch
         if shutil.which("nvidia-smi") and not index:
             say("an NVIDIA GPU is here: pip's default torch is used; --torch-index URL takes it from elsewhere")
         run([*pip, *(["--index-url", index] if index else []), requirement], "installing torch")
-    constraints = ["-c", "constraints.txt"] if torch == "auto" and not index else []
-    run([*pip, *constraints, "-e", f".[{extras}]"], "installing diffusion-scripts")
-    marker.write_text("\n".join([*done, mark]) + "\n", encoding="utf-8")
+    constraints = "constraints.txt" if torch == "auto" and not index else other_constraints()
+    run([*pip, "-c", constraints, "-e", f".[{extras}]"], "installing diffusion-scripts")
+    with MARKER.open("a", encoding="utf-8") as marker:
+        marker.write(fingerprint(extras, torch, index) + "\n")
     say(f"installed in {time.monotonic() - started:.0f} s")
 
 
@@ -111,7 +151,7 @@ def launch_command() -> list[str]:
     return [
         *(str(environment_python()), "-m", "accelerate.commands.launch"),
         *("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--num_cpu_threads_per_process", str(min(2, os.cpu_count() or 1))),
+        *("--num_cpu_threads_per_process", "1"),  # as fast as two for so small a model, also on a busy machine
         "flux_train_network.py",
     ]
 
@@ -136,10 +176,12 @@ def train() -> None:
     say()
     say("2/2  training a LoRA")
     command = [*launch_command(), "--config_file", str(OUTPUT / "config.toml")]
-    say("     " + " ".join(command[1:]))
+    say("     accelerate launch " + " ".join(command[3:]))
     offline = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}
     run(command, "training", HF_HUB_OFFLINE="1", **offline)
     losses = validation_losses()
+    if len(losses) < 2:
+        fail("the run left no validation losses; the lines above say why")
     before, after = losses[0], losses[-1]
     show_result(before, after, time.monotonic() - started)
     if after > (1 - WANTED_DROP) * before:
@@ -157,26 +199,35 @@ def show_result(before: float, after: float, seconds: float) -> None:
         ("event log", result / "first_lora_events.jsonl"),
     ]
     say()
-    say(say(f"Done in {seconds:.0f} s. On 4 photographs never trained on, at 4 fixed noise levels with fixed noise,"))
+    say(f"Done in {seconds:.0f} s. On 4 photographs never trained on, at 4 fixed noise levels with fixed noise,")
     say(f"the loss went from {before:.4f} to {after:.4f} ({after / before - 1:+.1%}).")
     say("The tiny model has random weights, so its images are noise: the falling loss is the point.")
-    say("The plan of the run is the table shown before its first step.")
+    say("What the run was going to do is in the table 'plan', shown above before its first step.")
     say()
     for name, value in rows:
         say(f"  {name:<20} {value}")
+    show_next()
+
+
+def show_next() -> None:
+    """The command for one's own model and photographs."""
     activate = ENVIRONMENT / ("Scripts\\activate" if os.name == "nt" else "bin/activate")
+    parts = [
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors",
+        "--clip_l clip_l.safetensors --t5xxl t5xxl_fp16.safetensors --ae ae.safetensors",
+        "--dataset_config my_dataset.toml --output_dir output --output_name my_lora",
+        "--network_dim 16 --learning_rate 1e-4 --max_train_epochs 10 --mixed_precision bf16",
+        "--guidance_scale 1.0 --timestep_sampling flux_shift --model_prediction_type raw",
+        "--cache_latents --cache_text_encoder_outputs --network_train_unet_only --gradient_checkpointing",
+    ]
     say()
     say("With your own model and photographs (each photograph with a caption in a .txt file of the same name):")
     say()
     say(f"  {'' if os.name == 'nt' else 'source '}{activate}")
-    say("  accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors \\")
-    say("    --clip_l clip_l.safetensors --t5xxl t5xxl_fp16.safetensors --ae ae.safetensors \\")
-    say("    --dataset_config my_dataset.toml --output_dir output --output_name my_lora \\")
-    say("    --network_dim 16 --learning_rate 1e-4 --max_train_epochs 10 --mixed_precision bf16 \\")
-    say("    --guidance_scale 1.0 --timestep_sampling flux_shift --model_prediction_type raw \\")
-    say("    --cache_latents --cache_text_encoder_outputs --network_train_unet_only --gradient_checkpointing")
+    say("  " + (" " if os.name == "nt" else " \\\n    ").join(parts))
     say()
-    say("docs/getting_started.md explains the dataset file; docs/training_lora.md the options.")
+    say("my_dataset.toml names the folders and the size: quickstart_output/dataset.toml is an example. More is in")
+    say("docs/getting_started.md and docs/training_lora.md.")
 
 
 def test(arguments: list[str]) -> int:
@@ -187,6 +238,7 @@ def test(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point."""
+    use_supported_python()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("train", "install", "test"), default="train", help="default: train")
     parser.add_argument("--torch", default="auto", help="requirement of torch; none keeps what .venv has")
@@ -194,9 +246,6 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     if rest and arguments.what != "test":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        have = ".".join(map(str, sys.version_info[:2]))
-        fail(f"needs Python 3.11, 3.12 or 3.13; this is {have}. Start it with python3.11, for example.")
     extras = "tensorboard,quickstart" if arguments.what == "train" else "test"
     install(extras, arguments.torch, arguments.torch_index)
     if arguments.what == "train":
@@ -206,4 +255,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("quickstart: stopped")

@@ -2,11 +2,12 @@
 
     python -m tools.quickstart_assets quickstart_output
 
-The photographs are samples that come with scikit-image and scikit-learn. The model has the published file layout and
-random weights: it draws noise, but it loads, trains and saves exactly as the real one.
+The photographs are samples that come with scikit-image, scikit-learn and matplotlib. The model has the published file
+layout and random weights: it draws noise, but it loads, trains and saves exactly as the real one.
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -24,72 +25,87 @@ from library.flux_models import Flux, FluxParams
 
 SEED = 20
 HELD_OUT = 0.15  # of 30 photographs: 4
-# file -> (caption, crops as shares of the picture: left, top, right, bottom)
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-PHOTOGRAPHS: dict[str, tuple[str, tuple[tuple[float, float, float, float], ...]]] = {
-    "skimage/astronaut.png": (
-        "portrait of an astronaut, orange space suit, smiling, flag in the background",
-        (WHOLE, (0.2, 0.0, 0.7, 0.5), (0.1, 0.0, 0.6, 1.0)),
-    ),
-    "skimage/chelsea.png": (
-        "close up of a tabby cat, green eyes, whiskers, looking at the camera",
-        (WHOLE, (0.2, 0.1, 0.8, 0.9), (0.4, 0.0, 1.0, 0.8)),
-    ),
-    "skimage/coffee.png": (
-        "cup of coffee on a wooden table, spoon, saucer, warm light",
-        (WHOLE, (0.15, 0.1, 0.8, 0.9), (0.3, 0.0, 0.8, 1.0)),
-    ),
-    "skimage/rocket.jpg": (
-        "rocket on a launch pad at night, bright lights, clouds",
-        (WHOLE, (0.3, 0.0, 0.7, 1.0), (0.2, 0.2, 0.8, 0.9)),
-    ),
-    "skimage/motorcycle_left.png": (
-        "motorcycle in a workshop, wheels, engine, tools on the wall",
-        (WHOLE, (0.0, 0.1, 0.6, 1.0), (0.4, 0.2, 1.0, 1.0)),
-    ),
-    "skimage/hubble_deep_field.jpg": (
-        "galaxies and stars in deep space, black background",
-        (WHOLE, (0.0, 0.0, 0.5, 0.6), (0.5, 0.4, 1.0, 1.0)),
-    ),
-    "skimage/coins.png": ("old coins on a dark background, top view, black and white", (WHOLE, (0.0, 0.0, 0.6, 0.6))),
-    "skimage/moon.png": ("surface of the moon, craters, black and white", (WHOLE, (0.1, 0.2, 0.8, 0.7))),
-    "skimage/grass.png": ("grass from above, texture, black and white", (WHOLE,)),
-    "skimage/brick.png": ("brick wall, texture, black and white", (WHOLE,)),
-    "sklearn/china.jpg": (
-        "temple with a curved roof, trees, blue sky",
-        (WHOLE, (0.1, 0.1, 0.6, 0.9), (0.4, 0.0, 1.0, 0.7)),
-    ),
-    "sklearn/flower.jpg": (
-        "pink flower with a yellow center, green leaves, macro",
-        (WHOLE, (0.2, 0.1, 0.8, 1.0), (0.3, 0.0, 0.9, 0.7)),
-    ),
+VALIDATION_SEED = 21662  # holds out four pictures of which no other crop is trained on
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom as shares of the picture
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+PHOTOGRAPHS: dict[str, dict[Box, str]] = {
+    "skimage/astronaut.png": {
+        WHOLE: "portrait of an astronaut, woman, orange space suit, smiling, flag, model of a space shuttle, helmet",
+        (0.2, 0.0, 0.7, 0.5): "portrait of an astronaut, woman, short hair, smiling, close up, gray background",
+        (0.1, 0.0, 0.6, 1.0): "portrait of an astronaut, woman, orange space suit, smiling, flag",
+    },
+    "skimage/chelsea.png": {
+        WHOLE: "tabby cat, green eyes, whiskers, blurred background",
+        (0.2, 0.1, 0.8, 0.9): "close up of a tabby cat, green eyes, whiskers",
+        (0.4, 0.0, 1.0, 0.8): "close up of a tabby cat, green eyes, ear, blurred background",
+    },
+    "skimage/rocket.jpg": {
+        WHOLE: "rocket on a launch pad at dusk, masts, bright lights, blue sky",
+        (0.3, 0.0, 0.7, 1.0): "rocket on a launch pad at dusk, bright lights, blue sky, tall picture",
+        (0.2, 0.2, 0.8, 0.9): "rocket at dusk, masts, blue sky",
+    },
+    "skimage/motorcycle_left.png": {
+        WHOLE: "red motorcycle in a workshop, shelves, bench",
+        (0.0, 0.1, 0.6, 1.0): "red motorcycle in a workshop, back wheel, engine, bench",
+        (0.4, 0.2, 1.0, 1.0): "red motorcycle in a workshop, front wheel, engine, shelves",
+    },
+    "skimage/hubble_deep_field.jpg": {
+        WHOLE: "galaxies in deep space, many small lights, black background",
+        (0.0, 0.0, 0.5, 0.6): "galaxies in deep space, small lights, black background",
+    },
+    "skimage/coins.png": {
+        WHOLE: "old coins in rows, top view, dark background, black and white",
+        (0.0, 0.0, 0.6, 0.6): "old coins in two rows, top view, dark background, black and white",
+    },
+    "sklearn/china.jpg": {
+        WHOLE: "temple with curved roofs above a lake, trees, pale sky",
+        (0.1, 0.1, 0.6, 0.9): "temple with curved roofs, three storeys, trees, pale sky",
+        (0.4, 0.0, 1.0, 0.7): "part of a temple, lake, tree, pale sky",
+    },
+    "sklearn/flower.jpg": {
+        WHOLE: "orange flower, many petals, dark green background",
+        (0.2, 0.1, 0.8, 1.0): "close up of an orange flower, many petals, dark green background",
+        (0.3, 0.0, 0.9, 0.7): "part of an orange flower, many petals, dark green background",
+    },
+    "skimage/brick.png": {WHOLE: "brick wall, slanted, texture, black and white"},
+    "skimage/camera.png": {WHOLE: "man with a camera on a tripod, coat, lawn, towers, black and white"},
+    "skimage/coffee.png": {WHOLE: "cup of coffee on a wooden table, red saucer, spoon, warm light"},
+    "skimage/grass.png": {WHOLE: "grass from above, texture, black and white"},
+    "skimage/gravel.png": {WHOLE: "gravel from above, small stones, texture, black and white"},
+    "skimage/moon.png": {WHOLE: "surface of the moon, craters, black and white"},
+    "skimage/retina.jpg": {WHOLE: "retina of an eye, red, blood vessels, black background"},
+    "matplotlib/grace_hopper.jpg": {WHOLE: "portrait of a woman, navy uniform, cap, glasses, flag, blue background"},
 }
+FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
 
 
-def sample_folder(package: str) -> Path:
-    """Where a package keeps its sample pictures."""
-    if package == "skimage":
-        import skimage
+def sample_picture(source: str) -> Image.Image:
+    """A sample picture that a package brings along.
 
-        return Path(skimage.__file__).parent / "data"
-    import sklearn.datasets
+    Args:
+        source: package and file name.
 
-    return Path(sklearn.datasets.__file__).parent / "images"
+    Raises:
+        FileNotFoundError: this version of the package has no such picture.
+    """
+    package, name = source.split("/")
+    place = Path(importlib.import_module(package).__file__ or "").parent / FOLDERS[package] / name
+    with Image.open(place) as opened:
+        return opened.convert("RGB")
 
 
 def write_photographs(folder: Path) -> list[str]:
     """Crops of the sample pictures with their captions; returns the captions."""
     folder.mkdir(parents=True, exist_ok=True)
     captions = []
-    for source, (caption, crops) in PHOTOGRAPHS.items():
-        package, name = source.split("/")
-        with Image.open(sample_folder(package) / name) as opened:
-            picture = opened.convert("RGB")
-        for number, (left, top, right, bottom) in enumerate(crops):
-            width, height = picture.size
+    for source, crops in PHOTOGRAPHS.items():
+        picture = sample_picture(source)
+        width, height = picture.size
+        for number, ((left, top, right, bottom), caption) in enumerate(crops.items()):
             part = picture.crop((int(left * width), int(top * height), int(right * width), int(bottom * height)))
             part.thumbnail((320, 320), Image.Resampling.LANCZOS)
-            stem = f"{Path(name).stem}_{number}"
+            stem = f"{Path(source).stem}_{number}"
             part.save(folder / f"{stem}.jpg", quality=92)
             write_text_atomic(folder / f"{stem}.txt", caption)
             captions.append(caption)
@@ -241,7 +257,7 @@ def write_configuration(out: Path) -> None:
         "max_bucket_reso": 256,
         "bucket_reso_steps": 32,
         "validation_split": HELD_OUT,
-        "validation_seed": 1,
+        "validation_seed": VALIDATION_SEED,
     }
     subset = {"image_dir": (out / "photographs").as_posix(), "caption_extension": ".txt"}
     write_text_atomic(out / "dataset.toml", f"[[datasets]]\n{toml(dataset)}\n[[datasets.subsets]]\n{toml(subset)}")

@@ -6,7 +6,8 @@ from typing import Any
 
 from library.base.errors import UserError
 
-_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
+_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+_SMALLEST_PUBLISHED = 1000  # entries; every published vocabulary is far larger
 
 
 def find_tokenizer(hub_id: str, *, cache_dir: str | None, beside: Sequence[Path] = ()) -> Path | None:
@@ -39,6 +40,8 @@ def load_tokenizer(class_name: str, hub_id: str, *, cache_dir: str | None, besid
         return tokenizer_class.from_pretrained(local, local_files_only=True)
     try:
         tokenizer = tokenizer_class.from_pretrained(hub_id)
+        if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) < _SMALLEST_PUBLISHED:
+            raise ValueError("no vocabulary came")  # without the files, transformers makes an empty tokenizer
     except (OSError, ValueError) as error:
         places = ", ".join(str(place) for place in beside) or "the text encoder's folder"
         raise UserError(

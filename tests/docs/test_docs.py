@@ -84,7 +84,8 @@ def test_flags_in_the_documentation_exist():
 
         known |= {flag for action in make_parser(family, "network")._actions for flag in action.option_strings}
     known |= {
-        f"--{name}" for name in ("w", "h", "d", "s", "l", "g", "n", "ss", "num_processes", "plot", "check", "help")
+        f"--{name}"
+        for name in ("w", "h", "d", "s", "l", "g", "n", "ss", "num_processes", "plot", "check", "help", "torch")
     }
     for page in PAGES:
         for flag in re.findall(r"`(--\w+)", page.read_text(encoding="utf-8")):

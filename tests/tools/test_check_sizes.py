@@ -24,6 +24,12 @@ def test_a_clean_tree_passes(tree):
     assert check_sizes.main(tree) == 0
 
 
+def test_environments_are_not_measured(tree):
+    (tree / ".venv" / "library").mkdir(parents=True)
+    (tree / ".venv" / "library" / "a.py").write_text("x = 1\n" * 701)
+    assert broken(tree) == {}
+
+
 CODE = {
     "longest file": ("library/a.py", "x = 1\n" * 701),
     "longest script": ("train.py", "x = 1\n" * 61),

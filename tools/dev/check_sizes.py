@@ -35,12 +35,13 @@ class Gate:
 
 
 def python_files(root: Path) -> list[Path]:
-    """Files that git tracks or would add; all Python files where there is no repository."""
+    """Files that git tracks or would add; without a repository, all but those in folders that hold no source."""
     command = ["git", "ls-files", "-co", "--exclude-standard", "*.py"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if listed.returncode == 0 and listed.stdout:
         return sorted(path for name in listed.stdout.splitlines() if (path := root / name).is_file())
-    return sorted(root.rglob("*.py"))
+    hidden = (".", "quickstart_output", "build")
+    return sorted(path for path in root.rglob("*.py") if not path.relative_to(root).parts[0].startswith(hidden))
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[Function, bool]]:
