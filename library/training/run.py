@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from library.base.logs import logger
 from library.checkpoint.saver import Names
 from library.family import Family
+from library.optim.schedulers import build_schedule
 from library.options.config import ConfigOptions
 from library.options.debug import RecordOptions
 from library.options.memory import MemoryOptions
@@ -117,6 +118,7 @@ def make_plan(
     dtype, vae_dtype = weight_dtypes(options)
     num_batches = sum(images.ordered().num_batches() for images in inspected.images.train)
     per_epoch, steps, epochs = training_length(length, num_batches, accumulation * world_size)
+    build_schedule(options[ScheduleOptions], steps)  # says what cannot be before anything loads
     saving = options[SavingOptions]
     cache_latents = wants_latent_cache(options)
     facts: dict[str, Any] = {

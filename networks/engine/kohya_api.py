@@ -91,6 +91,8 @@ def bind(table: TargetTable, adapter: type[LoRAModule] = LoRAModule) -> tuple[Cr
         builder = _Builder(table, adapter, text_encoder, unet, kwargs)
         return builder.create_from_weights(multiplier, file, weights_sd, for_inference)
 
+    # lets a trainer find mistakes in --network_args before any model is loaded
+    create_network.check_arguments = lambda given: parse_arguments(table.arguments, given)
     return create_network, create_network_from_weights
 
 

@@ -421,3 +421,32 @@ def test_dropouts_rest_while_validating(arguments, tmp_path):
     more = ("--network_weights", str(saved), "--validate_at_first", "--max_train_steps", "1")
     again = run_training("sd", arguments(*more, **data))
     assert again.validation[0][1] == pytest.approx(first.validation[-1][1], rel=1e-5)
+
+
+def test_a_dry_run_finds_what_a_run_would(arguments, inputs, tmp_path):
+    """Network, optimizer, adapter files and output folder are looked at before weights load, and reported together."""
+    (tmp_path / "file").write_text("")
+    more = ("--network_args", "conv_dimm=4", "--optimizer_args", "nonsense=1", "--dry_run")
+    given = arguments(*more)
+    given[given.index("--output_dir") + 1] = str(tmp_path / "file" / "out")
+    with pytest.raises(UserError) as error:
+        run_training("sd", given)
+    found = str(error.value)
+    assert "unknown key 'conv_dimm'; did you mean conv_dim?" in found
+    assert "--optimizer_args" in found and "does not take these" in found
+    assert "--output_dir" in found and "is a file" in found
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (("--network_module", "networks.nowhere"), "--network_module = 'networks.nowhere': cannot be imported"),
+        (("--network_weights", "none.safetensors"), "--network_weights = 'none.safetensors': no such file"),
+        (("--base_weights", "none.safetensors"), "--base_weights = 'none.safetensors': no such file"),
+        (("--lr_warmup_steps", "5"), "use constant_with_warmup"),
+    ],
+)
+def test_a_dry_run_finds_each(arguments, more, text):
+    with pytest.raises(UserError) as error:
+        run_training("sd", arguments(*more, "--dry_run"))
+    assert text in str(error.value)
