@@ -84,28 +84,41 @@ def use_supported_python() -> None:
     )
 
 
-def fingerprint(extras: str, torch: str, index: str | None) -> str:
-    """What an installation depends on."""
-    digest = hashlib.sha256(f"{extras} {torch} {index} {sys.version_info[:2]}".encode())
+def fingerprint(torch: str, index: str | None) -> str:
+    """What an installation depends on besides its extras."""
+    digest = hashlib.sha256(f"{torch} {index} {sys.version_info[:2]}".encode())
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 
 
+def installed_extras(torch: str, index: str | None) -> list[str]:
+    """Extras that .venv holds, if it was installed with the same settings and requirements."""
+    if not (MARKER.is_file() and environment_python().is_file()):
+        return []
+    settings, *extras = MARKER.read_text(encoding="utf-8").split()
+    return extras if settings == fingerprint(torch, index) else []
+
+
 def installed(extras: str, torch: str, index: str | None) -> bool:
     """Whether .venv holds these extras, or those of the tests, which contain all others."""
-    if not (MARKER.is_file() and environment_python().is_file()):
-        return False
-    done = MARKER.read_text(encoding="utf-8").splitlines()
-    return any(fingerprint(name, torch, index) in done for name in (extras, "test"))
+    return any(name in installed_extras(torch, index) for name in (extras, "test"))
+
+
+def runs(*arguments: str) -> bool:
+    """Whether .venv has a Python that can run something."""
+    command = [str(environment_python()), *arguments]
+    return environment_python().is_file() and not subprocess.run(command, capture_output=True, check=False).returncode
 
 
 def create_environment() -> None:
-    """Make .venv, with a remedy when Python's own venv cannot."""
+    """Make .venv, or give one that has none a pip; with a remedy when Python's own venv cannot."""
+    unusable = not runs("-c", "")
     try:
-        venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt").create(ENVIRONMENT)
+        venv.EnvBuilder(with_pip=True, symlinks=os.name != "nt", clear=unusable).create(ENVIRONMENT)
     except (subprocess.CalledProcessError, OSError) as error:
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        if unusable:
+            shutil.rmtree(ENVIRONMENT, ignore_errors=True)
         package = "python{}.{}-venv".format(*sys.version_info[:2])
         fail(f"{ENVIRONMENT} could not be made ({error}). On Debian and Ubuntu: apt install {package}")
 
@@ -131,7 +144,9 @@ def install(extras: str, torch: str, index: str | None) -> None:
         return
     started = time.monotonic()
     say(f"installing into {ENVIRONMENT}; this takes minutes the first time")
-    if not environment_python().is_file():
+    before = installed_extras(torch, index)
+    MARKER.unlink(missing_ok=True)  # until this is through, nothing is certain
+    if not runs("-m", "pip", "--version"):
         create_environment()
     pip = [str(environment_python()), "-m", "pip", "--disable-pip-version-check", "install"]
     if torch != "none":
@@ -141,8 +156,7 @@ def install(extras: str, torch: str, index: str | None) -> None:
         run([*pip, *(["--index-url", index] if index else []), requirement], "installing torch")
     constraints = "constraints.txt" if torch == "auto" and not index else other_constraints()
     run([*pip, "-c", constraints, "-e", f".[{extras}]"], "installing diffusion-scripts")
-    with MARKER.open("a", encoding="utf-8") as marker:
-        marker.write(fingerprint(extras, torch, index) + "\n")
+    MARKER.write_text("\n".join([fingerprint(torch, index), *before, extras]) + "\n", encoding="utf-8")
     say(f"installed in {time.monotonic() - started:.0f} s")
 
 
@@ -177,8 +191,8 @@ def train() -> None:
     say("2/2  training a LoRA")
     command = [*launch_command(), "--config_file", str(OUTPUT / "config.toml")]
     say("     accelerate launch " + " ".join(command[3:]))
-    offline = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}
-    run(command, "training", HF_HUB_OFFLINE="1", **offline)
+    device = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}
+    run(command, "training", HF_HUB_OFFLINE="1", **device)
     losses = validation_losses()
     if len(losses) < 2:
         fail("the run left no validation losses; the lines above say why")
@@ -240,6 +254,7 @@ def main() -> None:
     """Entry point."""
     use_supported_python()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False  # what is not ours goes to pytest whole
     parser.add_argument("what", nargs="?", choices=("train", "install", "test"), default="train", help="default: train")
     parser.add_argument("--torch", default="auto", help="requirement of torch; none keeps what .venv has")
     parser.add_argument("--torch-index", help="pip index to install torch from, e.g. the one for your CUDA version")

@@ -1,5 +1,6 @@
 """Commands, files and links that the documentation shows."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import pytest
 
 from library.config_util import read_config, resolve_datasets
-from library.train_util import find_problems, parse_options
+from library.families import FAMILIES
+from library.options import pending
+from library.train_util import find_problems, load_family, make_parser, parse_options
 from tools import compare_steps
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/golden/README.md")
+PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = {"train_network.py": "sd", "flux_train_network.py": "flux"}
 pytestmark = pytest.mark.docs
 
@@ -61,7 +65,20 @@ def test_dataset_files_resolve(page, text, tmp_path):
     assert resolve_datasets(read_config(tmp_path / "dataset.toml"), {})
 
 
-@pytest.mark.parametrize(("name", "family"), [("flux_lora", "flux"), ("sd15_lora", "sd")])
+CONFIGURATIONS = {"flux_lora": "flux", "sd15_lora": "sd"}
+DATASETS = {"dataset"}
+
+
+def test_every_example_file_is_looked_at():
+    assert {path.stem for path in (ROOT / "configs").glob("*.toml")} == set(CONFIGURATIONS) | DATASETS
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS))
+def test_example_datasets_resolve(name):
+    assert resolve_datasets(read_config(ROOT / "configs" / f"{name}.toml"), {})
+
+
+@pytest.mark.parametrize(("name", "family"), CONFIGURATIONS.items())
 def test_configurations_load(name, family):
     options = parse_options(
         family, "network", ["--config_file", str(ROOT / "configs" / f"{name}.toml"), "--strict_config"]
@@ -77,12 +94,40 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("name", ["networks.lora", "networks.lora_flux"])
+def test_network_arguments_are_listed(name):
+    text = (ROOT / "docs" / "training_lora.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^### Arguments of {name}\n(.*?)(?=^##|\Z)", text, re.M | re.S)
+    shown = {word for cell in re.findall(r"^\| (`.*?) \|", section, re.M) for word in cell.replace("`", "").split()}
+    shown |= set(re.findall(r"`(dropout)`", section))
+    known = {argument.name for argument in importlib.import_module(name).TABLE.arguments}
+    if name == "networks.lora_flux":
+        known -= {"conv_dim", "conv_alpha"}  # FLUX has no such layers
+    assert shown == known
+
+
+def flags_of_section(title):
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return set(re.findall(r"`--(\w+)`", section))
+
+
+def test_flags_without_effect_are_listed():
+    silent = {name for reasons in pending.NO_EFFECT.values() for name in reasons}
+    silent |= {*pending._SCHEDULE_FLAGS, "use_8bit_adam"}
+    assert flags_of_section("Flags without effect") - {"ae", "weighting_scheme", "optimizer_type"} == silent
+
+
+def test_what_is_not_there_yet_is_listed():
+    refused = set(pending.PENDING_FLAGS) | set(pending.AVAILABLE_VALUES)
+    assert flags_of_section("Not there yet") - {"compile"} == refused
+
+
 def test_flags_in_the_documentation_exist():
     known = set()
-    for family in ("sd", "flux"):
-        from library.train_util import make_parser
-
-        known |= {flag for action in make_parser(family, "network")._actions for flag in action.option_strings}
+    for family in FAMILIES:
+        for task in load_family(family).tasks:
+            known |= {flag for action in make_parser(family, task)._actions for flag in action.option_strings}
     known |= {
         f"--{name}"
         for name in ("w", "h", "d", "s", "l", "g", "n", "ss", "num_processes", "plot", "check", "help", "torch")

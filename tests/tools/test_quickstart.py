@@ -35,9 +35,17 @@ def environment(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def pip(monkeypatch):
+    """The pip commands that an installation gives; they do nothing."""
+    given = []
+    monkeypatch.setattr(quickstart, "run", lambda command, what, **_: given.append(command))
+    monkeypatch.setattr(quickstart, "runs", lambda *_: True)
+    return given
+
+
 def mark(extras, torch="auto", index=None):
-    with quickstart.MARKER.open("a") as marker:
-        marker.write(quickstart.fingerprint(extras, torch, index) + "\n")
+    quickstart.MARKER.write_text(f"{quickstart.fingerprint(torch, index)}\n{extras}\n")
 
 
 def test_the_held_out_pictures_are_not_trained_on_in_other_crops(assets):
@@ -99,6 +107,55 @@ def test_installs_again_when_the_requirements_change(environment, monkeypatch):
     assert quickstart.installed("train", "auto", None)
     (root / "constraints.txt").write_text("torch==2.12.0\n")
     assert not quickstart.installed("train", "auto", None)
+
+
+def test_only_the_latest_settings_count(environment, pip):
+    for torch in ("auto", "torch==2.12.0"):
+        quickstart.install("test", torch, None)
+    assert len(pip) == 4
+    assert quickstart.installed("test", "torch==2.12.0", None)
+    assert not quickstart.installed("test", "auto", None)
+
+
+def test_extras_add_up(environment, pip):
+    quickstart.install("one", "auto", None)
+    quickstart.install("two", "auto", None)
+    assert quickstart.installed("one", "auto", None) and quickstart.installed("two", "auto", None)
+
+
+def test_a_failed_installation_is_tried_again(environment, pip, monkeypatch):
+    mark("test")
+
+    def broken(command, what, **_):
+        raise SystemExit("no network")
+
+    monkeypatch.setattr(quickstart, "run", broken)
+    with pytest.raises(SystemExit):
+        quickstart.install("other", "torch==2.12.0", None)
+    assert not quickstart.installed("test", "auto", None)
+
+
+@pytest.mark.parametrize(("pip_found", "made"), [(True, 0), (False, 1)])
+def test_an_environment_without_pip_is_mended(environment, pip, monkeypatch, pip_found, made):
+    calls = []
+    monkeypatch.setattr(quickstart, "runs", lambda *arguments: pip_found or "pip" not in arguments)
+    monkeypatch.setattr(quickstart, "create_environment", lambda: calls.append(1))
+    quickstart.install("test", "auto", None)
+    assert len(calls) == made
+
+
+def test_a_torch_of_ones_own_is_kept(environment, pip):
+    quickstart.install("test", "none", None)
+    (command,) = pip
+    assert not any(word.startswith("torch") for word in command)
+    assert command[command.index("-c") + 1] == str(environment / "constraints_without_torch.txt")
+
+
+def test_torch_comes_first_and_from_the_index_given(environment, pip):
+    quickstart.install("test", "auto", "https://example.org/cu130")
+    first, second = pip
+    assert first[-1] == quickstart.pinned("torch") and "https://example.org/cu130" in first
+    assert "--index-url" not in second and second[-1] == ".[test]"
 
 
 def test_installs_again_when_the_interpreter_is_gone(environment):
