@@ -1,8 +1,7 @@
 """What travels from the data to the model in one micro-step."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -85,7 +84,6 @@ class TrainBatch:
     pixel_crops: Tensor  # [B, 4] (x, y, resized w, resized h): what was really cut
     flipped: list[bool]
     subsets: list[str]  # folder name of each item's subset
-    attributes: list[Mapping[str, Any]] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -54,7 +54,6 @@ class SubsetPlan:
     caption_extension: str = ".caption"
     flip_aug: bool = False
     resize_interpolation: str | None = None
-    custom_attributes: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -146,7 +145,6 @@ _SUBSET_KEYS = {
     "resize_interpolation": _Key("GDS", voluptuous.In(INTERPOLATIONS)),
     "caption_extension": _Key("GDS", str, ".caption"),
     "class_tokens": _Key("GDS", str),
-    "custom_attributes": _Key("GDS", dict, {}),
     "image_dir": _Key("S", str),
     "is_reg": _Key("S", bool, False),
 }
@@ -157,6 +155,7 @@ _LATER = {
     "face_crop_aug_range": _Key("GDS", list),
     "cache_info": _Key("GDS", bool),
     "alpha_mask": _Key("GDS", bool),
+    "custom_attributes": _Key("GDS", dict),
     "metadata_file": _Key("S", str),
     "conditioning_data_dir": _Key("S", str),
 }

@@ -1,4 +1,4 @@
-"""The five strategies of a model family: how it tokenizes, encodes, caches, noises and predicts.
+"""The strategies of a model family: how it tokenizes, encodes text and images, noises and predicts.
 
 Strategies hold configuration, never models: models are arguments, so one object serves training, caching and inference,
 and can be sent to worker processes.
@@ -7,7 +7,6 @@ and can be sent to worker processes.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,6 @@ class TextEncodingStrategy(ABC):
 class LatentsCachingStrategy(ABC):
     """Images to latents as the family's cache holds them."""
 
-    suffix: ClassVar[str]
-
     @abstractmethod
     def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
         """[B, 3, h, w] in [-1, 1] -> [B, C, H, W] float32, the posterior's mode."""
@@ -58,12 +55,6 @@ class LatentsCachingStrategy(ABC):
     @abstractmethod
     def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """As `encode`, but a posterior sample made with the given unit noise [B, C, H, W]."""
-
-
-class TextEncoderOutputsCachingStrategy(ABC):
-    """Conditioning as the family's cache files hold it."""
-
-    suffix: ClassVar[str]
 
 
 class DenoisingStrategy(ABC):
@@ -112,7 +103,6 @@ class Strategies:
     tokenize: TokenizeStrategy
     text_encoding: TextEncodingStrategy
     latents_caching: LatentsCachingStrategy
-    text_outputs_caching: TextEncoderOutputsCachingStrategy | None
     denoising: DenoisingStrategy
     conditioning: type[Conditioning]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
     Strategies,
-    TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     guided,
@@ -102,8 +101,6 @@ def _device(module: nn.Module) -> torch.device:
 class FluxLatentsCachingStrategy(LatentsCachingStrategy):
     """Latents normalised by the autoencoder's published shift and scale: (z - 0.1159) * 0.3611."""
 
-    suffix: ClassVar[str] = "_flux.npz"
-
     def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
         """See the base class."""
         return (autoencoder.encode_mode(vae, images) - SHIFT) * SCALE
@@ -111,12 +108,6 @@ class FluxLatentsCachingStrategy(LatentsCachingStrategy):
     def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """See the base class."""
         return (autoencoder.encode_sample(vae, images, noise) - SHIFT) * SCALE
-
-
-class FluxTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """Text outputs of FLUX."""
-
-    suffix: ClassVar[str] = "_flux_te.npz"
 
 
 class FluxDenoisingStrategy(DenoisingStrategy):
@@ -225,7 +216,6 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
         tokenize=FluxTokenizeStrategy(clip, t5, options.value("t5xxl_max_token_length") or _T5_LENGTH[variant.name]),
         text_encoding=FluxTextEncodingStrategy(apply_t5_attn_mask=masked),
         latents_caching=FluxLatentsCachingStrategy(),
-        text_outputs_caching=FluxTextEncoderOutputsCachingStrategy(),
         denoising=FluxDenoisingStrategy(
             _flow(options),
             guidance=options.value("guidance_scale"),

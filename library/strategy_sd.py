@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
     Strategies,
-    TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     guided,
@@ -105,8 +104,6 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
 class SdLatentsCachingStrategy(LatentsCachingStrategy):
     """Unscaled latents of the four-channel autoencoder."""
 
-    suffix: ClassVar[str] = "_sd.npz"
-
     def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
         """See the base class."""
         return autoencoder.encode_mode(vae, images)
@@ -114,12 +111,6 @@ class SdLatentsCachingStrategy(LatentsCachingStrategy):
     def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """See the base class."""
         return autoencoder.encode_sample(vae, images, noise)
-
-
-class SdTextEncoderOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
-    """Text states of SD 1.x."""
-
-    suffix: ClassVar[str] = "_sd_te.npz"
 
 
 class SdDenoisingStrategy(DenoisingStrategy):
@@ -190,7 +181,6 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
         tokenize=SdTokenizeStrategy(tokenizer, options.value("max_token_length")),
         text_encoding=SdTextEncodingStrategy(options.value("clip_skip")),
         latents_caching=SdLatentsCachingStrategy(),
-        text_outputs_caching=SdTextEncoderOutputsCachingStrategy(),
         denoising=SdDenoisingStrategy(process, options.value("sample_sampler") or "ddim"),
         conditioning=SdConditioning,
     )

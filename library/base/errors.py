@@ -65,10 +65,6 @@ class CheckpointError(UserError):
     """A model or adapter file that cannot be used: unreadable, wrong family, missing or unexpected tensors."""
 
 
-class CacheError(UserError):
-    """A cache file that cannot be used."""
-
-
 class FeatureNotAvailable(UserError):
     """Something that parses but that this version does not do yet."""
 

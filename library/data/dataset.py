@@ -175,7 +175,6 @@ class TrainDataset(Dataset[TrainBatch]):
             pixel_crops=torch.tensor([(*place.crop, *place.resized) for place in places]),
             flipped=flipped,
             subsets=[subset.name for subset in subsets],
-            attributes=[subset.custom_attributes for subset in subsets],
         )
 
     def record(self, item: ItemAddress) -> ImageRecord:

@@ -1,9 +1,8 @@
 """Facts of a run that follow from options and data, worked out once and written nowhere else."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -107,11 +106,6 @@ def wants_text_cache(options: OptionSet) -> bool:
     """Whether text encoder outputs are cached."""
     text = options.get(TextCachingOptions)
     return text is not None and text.active
-
-
-def command_line_values(options: OptionSet) -> Mapping[str, Any]:
-    """Flag values that stand in where a dataset file is silent."""
-    return options.values()
 
 
 def bucket_rows(images: ImageSets) -> Sequence[tuple[int, tuple[int, int], int, float]]:

@@ -88,9 +88,12 @@ def test_the_same_folder_twice(tmp_path):
     assert "is the folder of subsets[0] too" in found[0]
 
 
-@pytest.mark.parametrize("key", ["color_aug", "random_crop", "alpha_mask", "cache_info", "metadata_file"])
+LATER = ["color_aug", "random_crop", "alpha_mask", "cache_info", "metadata_file", "custom_attributes"]
+
+
+@pytest.mark.parametrize("key", LATER)
 def test_what_is_not_there_yet_is_refused(key):
-    value = "x.json" if key == "metadata_file" else True
+    value = {"metadata_file": "x.json", "custom_attributes": {"a": 1}}.get(key, True)
     config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": "a", key: value}]}]}
     assert f"subsets[0].{key}: is not available in this version yet" in problems(lambda: resolve(config))[0]
 
