@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec
+from library.family import Family, LatentSpec, TextSpec
 from library.options.attention import DitAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.compiling import CompileOptions
@@ -72,7 +72,7 @@ def check(options: OptionSet, task: str) -> Iterator[Problem]:
     network = options.get(NetworkOptions)
     trained = task == "network" and network is not None and not network.network_train_unet_only
     # an empty caption is cached beside the others, so dropping whole captions needs no encoder
-    yield from text_caching_problems(options, trains_cached_encoders=trained, dropout_allowed=True)
+    yield from text_caching_problems(options, trains_cached_encoders=trained)
     if options[CompileOptions].compile_fullgraph and options[DitAttentionOptions].split_attn:
         yield Problem("--compile_fullgraph", "cannot be combined with --split_attn")
 
@@ -97,5 +97,15 @@ FAMILY = Family(
     task_defaults={"lllite": {"cond_emb_dim": 32}},
     tracker_names={"network": "network_train", "full": "finetuning", "lllite": "lllite_control_net_train"},
     check=check,
-    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16),
+    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16, cache_suffix="_anima"),
+    text=TextSpec(
+        cache_suffix="_anima_te",
+        arrays={
+            "prompt_embeds": "float",
+            "attn_mask": "int64",
+            "t5_input_ids": "int32",
+            "t5_attn_mask": "int32",
+            "caption_dropout_rate": "float",
+        },
+    ),
 )

@@ -1,7 +1,8 @@
 """What travels from the data to the model in one micro-step."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -84,6 +85,10 @@ class TrainBatch:
     pixel_crops: Tensor  # [B, 4] (x, y, resized w, resized h): what was really cut
     flipped: list[bool]
     subsets: list[str]  # folder name of each item's subset
+    masks: Tensor | None = None  # [B, h, w] in 0..1: weight of the loss
+    control_images: Tensor | None = None  # [B, 3, h, w] in [-1, 1]
+    attributes: Sequence[Mapping[str, Any]] = ()  # custom_attributes of each item's subset
+    conditioning: Conditioning | None = None  # text encoder outputs read from caches
 
     @property
     def size(self) -> int:

@@ -6,7 +6,7 @@ A value is looked for in the subset, its dataset, `[general]`, the command line,
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +36,66 @@ class CaptionRules:
     token_warmup_step: float = 0
 
     @property
-    def is_fixed(self) -> bool:
-        """Whether every visit of an image gets the same text, so that text encodings can be cached."""
-        varies = self.shuffle_caption or self.enable_wildcard or self.token_warmup_step or self.caption_tag_dropout_rate
-        return not (varies or self.caption_dropout_rate or self.caption_dropout_every_n_epochs)
+    def varies(self) -> bool:
+        """Whether an image has different texts at different visits, dropped captions aside."""
+        return bool(
+            self.shuffle_caption or self.enable_wildcard or self.token_warmup_step or self.caption_tag_dropout_rate
+        )
+
+    @property
+    def drops(self) -> bool:
+        """Whether some visits get an empty text."""
+        return bool(self.caption_dropout_rate or self.caption_dropout_every_n_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetPlan:
-    """One folder of images with its own settings."""
+    """One folder of images, or the images that one metadata file lists, with their own settings.
 
-    image_dir: Path
+    Attributes:
+        image_dir: the folder; None when `metadata_file` holds absolute paths.
+        metadata_file: JSON or JSON Lines file that lists images and captions instead of the folder and text files.
+        conditioning_data_dir: folder of control images or loss masks, named as the images.
+        class_tokens: text of images without caption.
+        cache_info: keep image sizes in `metadata_cache.json` in the folder.
+        face_crop_aug_range: crop around the face marked in the file name; side of the crop over side of the face.
+        loss_weight: factor of the loss of these images.
+        custom_attributes: handed on to the training; see `docs/datasets.md` for those that have an effect.
+        validation_split: share of the images that is only validated on.
+        validation_seed: seed of that choice; the run's seed when None.
+    """
+
+    image_dir: Path | None
     captions: CaptionRules
+    metadata_file: Path | None = None
+    conditioning_data_dir: Path | None = None
     num_repeats: int = 1
     is_reg: bool = False
     class_tokens: str | None = None
     caption_extension: str = ".caption"
+    cache_info: bool = False
     flip_aug: bool = False
+    color_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    alpha_mask: bool = False
     resize_interpolation: str | None = None
+    loss_weight: float = 1.0
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    validation_split: float = 0.0
+    validation_seed: int | None = None
 
     @property
     def name(self) -> str:
-        """Name of the folder, as metadata and records show it."""
-        return self.image_dir.name
+        """Name of the folder or metadata file, as metadata and records show it."""
+        place = self.metadata_file or self.image_dir
+        assert place is not None
+        return place.name
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether an image looks different at different visits beyond mirroring, so that latents cannot be kept."""
+        return self.color_aug or self.random_crop or self.face_crop_aug_range is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +109,6 @@ class DatasetPlan:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
-    validation_split: float
-    validation_seed: int | None
     subsets: tuple[SubsetPlan, ...]
 
 
@@ -95,6 +130,21 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise voluptuous.Invalid("expected a whole number")
     return value
+
+
+def _range(value: Any) -> tuple[float, float]:
+    """[low, high] or the text "low,high"."""
+    if isinstance(value, str):
+        try:
+            value = [float(part) for part in value.split(",")]
+        except ValueError as error:
+            raise voluptuous.Invalid("expected two numbers as [2.0, 4.0]") from error
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    if not pair or any(isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in value):
+        raise voluptuous.Invalid("expected two numbers above 0 as [2.0, 4.0]")
+    if value[0] > value[1]:
+        raise voluptuous.Invalid("expected the smaller number first")
+    return float(value[0]), float(value[1])
 
 
 def _resolution(value: Any) -> tuple[int, int]:
@@ -120,8 +170,6 @@ _DATASET_KEYS = {
     "bucket_reso_steps": _Key("GD", voluptuous.All(_whole, voluptuous.Range(min=1)), 64),
     "bucket_no_upscale": _Key("GD", bool, False),
     "network_multiplier": _Key("GD", _number, 1.0),
-    "validation_split": _Key("GD", voluptuous.All(_number, voluptuous.Range(min=0, max=1)), 0.0),
-    "validation_seed": _Key("GD", _whole),
 }
 _RATE = voluptuous.All(_number, voluptuous.Range(min=0, max=1))
 _CAPTION_KEYS = {
@@ -145,21 +193,22 @@ _SUBSET_KEYS = {
     "resize_interpolation": _Key("GDS", voluptuous.In(INTERPOLATIONS)),
     "caption_extension": _Key("GDS", str, ".caption"),
     "class_tokens": _Key("GDS", str),
+    "cache_info": _Key("GDS", bool, False),
+    "color_aug": _Key("GDS", bool, False),
+    "random_crop": _Key("GDS", bool, False),
+    "face_crop_aug_range": _Key("GDS", _range),
+    "alpha_mask": _Key("GDS", bool, False),
+    "loss_weight": _Key("GDS", voluptuous.All(_number, voluptuous.Range(min=0)), 1.0),
+    "custom_attributes": _Key("GDS", dict, {}),
+    "validation_split": _Key("GDS", _RATE, 0.0),
+    "validation_seed": _Key("GDS", _whole),
     "image_dir": _Key("S", str),
-    "is_reg": _Key("S", bool, False),
-}
-# accepted in the file, but this version refuses to use them rather than ignore them
-_LATER = {
-    "color_aug": _Key("GDS", bool),
-    "random_crop": _Key("GDS", bool),
-    "face_crop_aug_range": _Key("GDS", list),
-    "cache_info": _Key("GDS", bool),
-    "alpha_mask": _Key("GDS", bool),
-    "custom_attributes": _Key("GDS", dict),
     "metadata_file": _Key("S", str),
     "conditioning_data_dir": _Key("S", str),
+    "is_reg": _Key("S", bool, False),
 }
-_ALL = {**_DATASET_KEYS, **_CAPTION_KEYS, **_SUBSET_KEYS, **_LATER}
+_FOLDERS = ("image_dir", "metadata_file", "conditioning_data_dir")
+_ALL = {**_DATASET_KEYS, **_CAPTION_KEYS, **_SUBSET_KEYS}
 
 
 def _schema() -> voluptuous.Schema:
@@ -303,32 +352,42 @@ def _resolve_subset(
     problems: list[Problem],
 ) -> SubsetPlan | None:
     sources = (subset, dataset, general)
-    for name, key in _LATER.items():
-        if _lookup(name, key, sources, command_line):
-            problems.append(Problem(f"{where}.{name}", "is not available in this version yet"))
-    values = {name: _lookup(name, key, sources, command_line) for name, key in _SUBSET_KEYS.items()}
+    values = {
+        # folders belong to one subset; flags that name some make datasets of their own
+        name: subset.get(name) if name in _FOLDERS else _lookup(name, key, sources, command_line)
+        for name, key in _SUBSET_KEYS.items()
+    }
     rules = CaptionRules(**{name: _lookup(name, key, sources, command_line) for name, key in _CAPTION_KEYS.items()})
-    if values["image_dir"] is None:
+    if values["image_dir"] is None and values["metadata_file"] is None:
         problems.append(Problem(f"{where}.image_dir", "is needed: the folder with the images"))
         return None
     if values["num_repeats"] < 1:
         problems.append(Problem(f"{where}.num_repeats", "expected 1 or more", values["num_repeats"]))
+    if values["is_reg"] and values["metadata_file"]:
+        problems.append(Problem(f"{where}.is_reg", "regularization images come from folders, not from a metadata file"))
+    if isinstance(values["face_crop_aug_range"], str):  # from the command line
+        values["face_crop_aug_range"] = _range(values["face_crop_aug_range"])
     extension = values["caption_extension"]
     values["caption_extension"] = extension if extension.startswith(".") else f".{extension}"
-    values["image_dir"] = Path(values["image_dir"])
+    for name in _FOLDERS:
+        values[name] = Path(values[name]) if values[name] is not None else None
     return SubsetPlan(**values, captions=rules)
 
 
 def _without_duplicates(subsets: list[SubsetPlan], where: str, problems: list[Problem]) -> list[SubsetPlan]:
-    seen: dict[Path, int] = {}
+    """Two subsets over the same files would share captions and caches; real paths are compared."""
+    seen: dict[tuple[Path | None, ...], int] = {}
     for index, subset in enumerate(subsets):
-        place = subset.image_dir.resolve()
+        place = tuple(path.resolve() if path else None for path in (subset.image_dir, subset.metadata_file))
+        if subset.metadata_file is not None:
+            place = (None, place[1])
         if place in seen:
+            name = "metadata_file" if subset.metadata_file else "image_dir"
             problems.append(
                 Problem(
-                    f"{where}.subsets[{index}].image_dir",
-                    f"is the folder of subsets[{seen[place]}] too; use num_repeats to see its images more often",
-                    str(subset.image_dir),
+                    f"{where}.subsets[{index}].{name}",
+                    f"is the one of subsets[{seen[place]}] too; use num_repeats to see its images more often",
+                    str(subset.metadata_file or subset.image_dir),
                 )
             )
         seen.setdefault(place, index)

@@ -15,11 +15,34 @@ Ref = NewType("Ref", str)
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """Latents of a family: channels, image pixels per latent pixel, and the step that image sides are multiples of."""
+    """Latents of a family.
+
+    Attributes:
+        channels: of the latents.
+        spatial_factor: image pixels per latent pixel.
+        resolution_step: image sides are multiples of this.
+        cache_suffix: end of the names of cache files, without their format.
+        unsized_caches: whether older caches name their arrays without the latents' size.
+    """
 
     channels: int
     spatial_factor: int
     resolution_step: int
+    cache_suffix: str
+    unsized_caches: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSpec:
+    """Cache files of text encoder outputs.
+
+    Attributes:
+        cache_suffix: end of their names, without the format.
+        arrays: name -> "float", "int64", "int32" or "bool", in the order in which other programs read them.
+    """
+
+    cache_suffix: str
+    arrays: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +103,12 @@ class Family:
         tracker_names: project name in trackers by task.
         check: cross-option rules for (options, task).
         missing: required values that were not given, for (options, task).
-        latent: sizes of latents.
+        latent: sizes of latents, names of their caches.
+        text: caches of text encoder outputs; None where no program keeps such files.
         default_network: module that makes the adapter when none is named.
         inspect: reference to the function that reads the variant from file headers: (options) -> Variant.
         load: reference to the function that loads the model: (options, need) -> Components.
+        identities: reference to the function that tells encoders apart: (options) -> {"vae": text, "text": text}.
         save: reference to the SaveComponents function.
         strategies: reference to the BuildStrategies function.
         model_spec: reference to the function that names the architecture in saved files.
@@ -108,9 +133,11 @@ class Family:
     check: Callable[[OptionSet, str], Iterable[Problem]] = no_problems
     missing: Callable[[OptionSet, str], Iterable[Problem]] = no_problems
     latent: LatentSpec
+    text: TextSpec | None = None
     default_network: str | None = None
     inspect: Ref | None = None
     load: Ref | None = None
+    identities: Ref | None = None
     save: Ref | None = None
     strategies: Ref | None = None
     model_spec: Ref | None = None

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, Ref
+from library.family import Family, LatentSpec, Ref, TextSpec
 from library.options.caching import TextCachingOptions
 from library.options.checks import network_argument, text_caching_problems
 from library.options.control_net import ControlNetOptions
@@ -96,10 +96,21 @@ FAMILY = Family(
     tracker_names={"network": "network_train", "full": "finetuning", "control_net": "finetuning"},
     check=check,
     missing=missing,
-    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16),
+    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16, cache_suffix="_flux"),
+    text=TextSpec(
+        cache_suffix="_flux_te",
+        arrays={
+            "l_pooled": "float",
+            "t5_out": "float",
+            "txt_ids": "float",
+            "t5_attn_mask": "int64",
+            "apply_t5_attn_mask": "bool",
+        },
+    ),
     default_network="networks.lora_flux",
     inspect=Ref("library.flux_utils:inspect"),
     load=Ref("library.flux_utils:load_components"),
+    identities=Ref("library.flux_utils:identities"),
     strategies=Ref("library.strategy_flux:build_strategies"),
     model_spec=Ref("library.flux_utils:model_spec"),
     metadata_keys=(

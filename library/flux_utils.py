@@ -139,6 +139,12 @@ def inspect(options: OptionSet) -> Variant:
     return replace(_variant(flux_params(file, prefix)), num_parameters=sizes)
 
 
+def identities(options: OptionSet) -> dict[str, str]:
+    """Texts that change when the autoencoder or a text encoder is another one."""
+    files = _required_files(options, ("clip_l", "t5xxl", "ae"))
+    return {"vae": files["ae"].identity(), "text": files["clip_l"].identity() + files["t5xxl"].identity()}
+
+
 def load_components(options: OptionSet, need: Need) -> Components:
     """The parts of the model that `need` asks for.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec
+from library.family import Family, LatentSpec, TextSpec
 from library.options.attention import DitAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.compiling import CompileOptions
@@ -48,5 +48,15 @@ FAMILY = Family(
     defaults={"discrete_flow_shift": 5.0, "model_prediction_type": "raw"},
     tracker_names={"network": "network_train", "full": "finetuning"},
     check=check,
-    latent=LatentSpec(channels=64, spatial_factor=32, resolution_step=32),
+    latent=LatentSpec(channels=64, spatial_factor=32, resolution_step=32, cache_suffix="_hi"),
+    text=TextSpec(
+        cache_suffix="_hi_te",
+        arrays={
+            "vlm_embed": "float",
+            "vlm_mask": "int64",
+            "byt5_embed": "float",
+            "byt5_mask": "int64",
+            "ocr_mask": "bool",
+        },
+    ),
 )

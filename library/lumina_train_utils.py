@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec
+from library.family import Family, LatentSpec, TextSpec
 from library.options.checks import text_caching_problems
 from library.options.flow import FlowOptions, FlowSamplingOptions, TimestepViewOptions
 from library.options.full import FusedUpdateOptions
@@ -51,5 +51,8 @@ FAMILY = Family(
     choices={"timestep_sampling": ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")},
     tracker_names={"network": "network_train", "full": "finetuning"},
     check=check,
-    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16),
+    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16, cache_suffix="_lumina"),
+    text=TextSpec(
+        cache_suffix="_lumina_te", arrays={"hidden_state": "float", "input_ids": "int64", "attention_mask": "int64"}
+    ),
 )

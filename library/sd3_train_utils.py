@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec
+from library.family import Family, LatentSpec, TextSpec
 from library.options.checks import network_argument, text_caching_problems
 from library.options.flow import FlowOptions, TimestepViewOptions
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
@@ -82,5 +82,18 @@ FAMILY = Family(
     task_hidden={"full": frozenset({"learning_rate_te", "mem_eff_save"})},
     tracker_names={"network": "network_train", "full": "finetuning"},
     check=check,
-    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=8),
+    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=8, cache_suffix="_sd3"),
+    text=TextSpec(
+        cache_suffix="_sd3_te",
+        arrays={
+            "lg_out": "float",
+            "t5_out": "float",
+            "lg_pooled": "float",
+            "clip_l_attn_mask": "int64",
+            "clip_g_attn_mask": "int64",
+            "t5_attn_mask": "int64",
+            "apply_lg_attn_mask": "bool",
+            "apply_t5_attn_mask": "bool",
+        },
+    ),
 )

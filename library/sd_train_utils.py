@@ -57,10 +57,11 @@ FAMILY = Family(
         "leco": "network_train",
     },
     check=check,
-    latent=LatentSpec(channels=4, spatial_factor=8, resolution_step=64),
+    latent=LatentSpec(channels=4, spatial_factor=8, resolution_step=64, cache_suffix="_sd", unsized_caches=True),
     default_network="networks.lora",
     inspect=Ref("library.sd_utils:inspect"),
     load=Ref("library.sd_utils:load_components"),
+    identities=Ref("library.sd_utils:identities"),
     strategies=Ref("library.strategy_sd:build_strategies"),
     model_spec=Ref("library.sd_utils:model_spec"),
 )

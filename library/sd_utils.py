@@ -86,6 +86,14 @@ def inspect(options: OptionSet) -> Variant:
     return replace(detect_variant(file), num_parameters=sizes)
 
 
+def identities(options: OptionSet) -> dict[str, str]:
+    """Texts that change when the autoencoder or the text encoder is another one."""
+    file = open_checkpoint(options.value("pretrained_model_name_or_path"))
+    own = options.value("vae")
+    vae = TensorFile(own).identity(_vae_prefix(own)) if own else file.identity(_VAE)
+    return {"vae": vae, "text": file.identity(_TEXT)}
+
+
 def load_components(options: OptionSet, need: Need) -> Components:
     """The parts of the model that `need` asks for.
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec
+from library.family import Family, LatentSpec, TextSpec
 from library.options.attention import DiffusersAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
@@ -71,5 +71,8 @@ FAMILY = Family(
         "leco": "network_train",
     },
     check=check,
-    latent=LatentSpec(channels=4, spatial_factor=8, resolution_step=32),
+    latent=LatentSpec(channels=4, spatial_factor=8, resolution_step=32, cache_suffix="_sdxl", unsized_caches=True),
+    text=TextSpec(
+        cache_suffix="_te_outputs", arrays={"hidden_state1": "float", "hidden_state2": "float", "pool2": "float"}
+    ),
 )

@@ -5,8 +5,8 @@ and can be sent to worker processes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,39 @@ class LatentsCachingStrategy(ABC):
         """As `encode`, but a posterior sample made with the given unit noise [B, C, H, W]."""
 
 
+class TextEncoderOutputsCachingStrategy:
+    """Conditioning to the arrays of a cache file and back; by default one array per field.
+
+    Args:
+        conditioning: the family's class.
+        settings: what the outputs depend on besides caption and encoder weights: token lengths, masks, templates.
+        flags: arrays without dimensions that other programs compare with their own settings.
+    """
+
+    def __init__(
+        self, conditioning: type[Conditioning], settings: Sequence[object], flags: Mapping[str, bool | float]
+    ) -> None:
+        self.conditioning = conditioning
+        self.settings = tuple(settings)
+        self.flags = dict(flags)
+
+    def pack(self, conditioning: Conditioning) -> dict[str, Tensor]:
+        """Conditioning of one sample [1, ...] -> arrays [...]."""
+        values = {f.name: getattr(conditioning, f.name) for f in fields(conditioning)}
+        return {name: value[0] for name, value in values.items() if value is not None} | {
+            name: torch.tensor(value) for name, value in self.flags.items()
+        }
+
+    def unpack(self, arrays: Mapping[str, Tensor]) -> Conditioning:
+        """Arrays [...] -> conditioning of one sample [1, ...], floats in float32."""
+        wanted = {f.name: arrays[f.name][None] for f in fields(self.conditioning)}
+        return self.conditioning(**{name: v.float() if v.is_floating_point() else v for name, v in wanted.items()})
+
+    def collate(self, items: list[Conditioning]) -> Conditioning:
+        """Join samples along the batch axis."""
+        return self.conditioning.collate(items)
+
+
 class DenoisingStrategy(ABC):
     """How a family noises, is called, and is judged: all that the loss path needs."""
 
@@ -103,6 +136,7 @@ class Strategies:
     tokenize: TokenizeStrategy
     text_encoding: TextEncodingStrategy
     latents_caching: LatentsCachingStrategy
+    text_outputs_caching: TextEncoderOutputsCachingStrategy
     denoising: DenoisingStrategy
     conditioning: type[Conditioning]
 

@@ -22,6 +22,7 @@ from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
     Strategies,
+    TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     guided,
@@ -108,6 +109,15 @@ class FluxLatentsCachingStrategy(LatentsCachingStrategy):
     def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """See the base class."""
         return (autoencoder.encode_sample(vae, images, noise) - SHIFT) * SCALE
+
+
+class FluxTextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
+    """Besides the fields: position ids of the text, which are all zero."""
+
+    def pack(self, conditioning: Conditioning) -> dict[str, Tensor]:
+        """See the base class."""
+        arrays = super().pack(conditioning)
+        return {**arrays, "txt_ids": torch.zeros(arrays["t5_out"].shape[0], 3)}
 
 
 class FluxDenoisingStrategy(DenoisingStrategy):
@@ -212,10 +222,14 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     t5 = load_tokenizer(
         "T5Tokenizer", T5_TOKENIZER, cache_dir=cache_dir, beside=(files["t5xxl"].parent / "tokenizer_2",)
     )
+    length = options.value("t5xxl_max_token_length") or _T5_LENGTH[variant.name]
     return Strategies(
-        tokenize=FluxTokenizeStrategy(clip, t5, options.value("t5xxl_max_token_length") or _T5_LENGTH[variant.name]),
+        tokenize=FluxTokenizeStrategy(clip, t5, length),
         text_encoding=FluxTextEncodingStrategy(apply_t5_attn_mask=masked),
         latents_caching=FluxLatentsCachingStrategy(),
+        text_outputs_caching=FluxTextOutputsCachingStrategy(
+            FluxConditioning, (length, masked), {"apply_t5_attn_mask": masked}
+        ),
         denoising=FluxDenoisingStrategy(
             _flow(options),
             guidance=options.value("guidance_scale"),

@@ -20,6 +20,7 @@ from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
     Strategies,
+    TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
     guided,
@@ -181,6 +182,9 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
         tokenize=SdTokenizeStrategy(tokenizer, options.value("max_token_length")),
         text_encoding=SdTextEncodingStrategy(options.value("clip_skip")),
         latents_caching=SdLatentsCachingStrategy(),
+        text_outputs_caching=TextEncoderOutputsCachingStrategy(
+            SdConditioning, (options.value("max_token_length"), options.value("clip_skip")), {}
+        ),
         denoising=SdDenoisingStrategy(process, options.value("sample_sampler") or "ddim"),
         conditioning=SdConditioning,
     )

@@ -4,19 +4,26 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from library.base.errors import FeatureNotAvailable, Problem, UserError, nearest, raise_problems
 from library.base.lazy import resolve
 from library.base.logs import setup_logging
 from library.families import FAMILIES
-from library.family import Family
+from library.family import CommandLine, Family
+from library.options.cache_tool import CacheToolOptions
+from library.options.caching import CachingOptions, TextCachingOptions
+from library.options.captions import CaptionOptions
 from library.options.checks import missing_problems, shared_problems
 from library.options.config import ConfigOptions
 from library.options.config_file import config_path
-from library.options.data import DatasetDict
+from library.options.data import AugmentOptions, BucketOptions, DataOptions, DatasetDict
+from library.options.distributed import DistributedOptions
 from library.options.logging import LoggingOptions
+from library.options.model import ModelOptions
 from library.options.pending import no_effect_reasons, no_effect_warnings, pending_problems
+from library.options.precision import PrecisionOptions
 from library.options.schema import OptionSet, write_config
 
 logger = logging.getLogger("diffusion_scripts")
@@ -139,6 +146,93 @@ def train(family: Family | str, task: str, options: OptionSet) -> Any:
     record = _family_of(family, task)
     check_options(record, task, options)
     return resolve("library.training.run:run")(record, task, options)
+
+
+# what the caching tools read; flags of other groups belong to training
+_CACHE_GROUPS = (
+    CacheToolOptions,
+    ConfigOptions,
+    ModelOptions,
+    DataOptions,
+    BucketOptions,
+    AugmentOptions,
+    CaptionOptions,
+    CachingOptions,
+    TextCachingOptions,
+    PrecisionOptions,
+    DistributedOptions,
+    LoggingOptions,
+)
+_CACHE_FLAGS = ("seed", "masked_loss", "validation_split", "validation_seed")
+
+
+def cache_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The argument parser of the caching tools, for Stable Diffusion; other families add their own flags."""
+    return _cache_command_line("sd").parser(prog)
+
+
+def _cache_command_line(family: str) -> CommandLine:
+    line = _family_of(family, "network").command_line("network")
+    description = "Fill caches before training. Takes the flags of the training script; only those about data matter."
+    return replace(
+        line, groups=(CacheToolOptions, *line.groups), description=description, hidden=line.hidden - {"in_json"}
+    )
+
+
+def cache(family: Family | str, options: OptionSet, *, latents: bool = False, texts: bool = False) -> Any:
+    """Encode the images or captions of a dataset into files beside the images.
+
+    Args:
+        family: record or name.
+        options: as for training.
+        latents: encode images.
+        texts: encode captions.
+
+    Returns:
+        Numbers of files; see `library.training.caching_run.CacheResult`.
+
+    Raises:
+        FeatureNotAvailable: this version has no encoders of the family.
+        UserError: what is wrong with options, data or files.
+    """
+    record = _family_of(family, "network")
+    if record.load is None or record.identities is None:
+        raise FeatureNotAvailable("--family", record.name, "its encoders are not available in this version yet")
+    problems = [*options.problems(), *pending_problems(options, record.name), *record.missing(options, "network")]
+    if options[ModelOptions].pretrained_model_name_or_path is None:
+        problems.append(Problem("--pretrained_model_name_or_path", "is required: the base model"))
+    raise_problems(problems)
+    tool = options.get(CacheToolOptions)
+    if tool is not None and tool.skip_existing:
+        options = options.replace(CachingOptions, skip_cache_check=True)
+    return resolve("library.training.caching_run:run_caching")(record, options, latents=latents, texts=texts)
+
+
+def cache_main(argv: Sequence[str] | None = None, *, latents: bool = False, texts: bool = False) -> None:
+    """Run a caching tool; ends the process with code 2 when the user has something to correct."""
+    setup_logging()
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        chosen.add_argument("--family")
+        for name in ("sdxl", "flux"):
+            chosen.add_argument(f"--{name}", action="store_true")
+        known, _ = chosen.parse_known_args(given)
+        family = CacheToolOptions(family=known.family, sdxl=known.sdxl, flux=known.flux).name
+        load_family(family)
+        options = _cache_command_line(family).parse(given)
+        _setup_logging(options[LoggingOptions])
+        read = {item.name for group in _CACHE_GROUPS if group in options for item in fields(group)}
+        read |= {item.name for group in load_family(family).option_groups for item in fields(group)} | {*_CACHE_FLAGS}
+        unread = [f"--{name}" for name in options.changed() if name not in read or name == "t5xxl_dtype"]
+        if unread:
+            logger.warning("without effect on caches: %s", ", ".join(unread))
+        cache(family, options, latents=latents, texts=texts)
+    except UserError as error:
+        sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _setup_logging(options: LoggingOptions) -> None:

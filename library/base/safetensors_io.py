@@ -1,5 +1,6 @@
 """Reading tensors without copying files into memory, and writing files that are never half there."""
 
+import hashlib
 import json
 import math
 import os
@@ -98,6 +99,25 @@ class TensorFile:
     def num_parameters(self, prefix: str = "") -> int:
         """Elements of all tensors below a prefix."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if name.startswith(prefix))
+
+    def identity(self, prefix: str = "") -> str:
+        """A text that is the same for the same weights below a prefix, whatever file they are in.
+
+        Made from names, shapes and the first values of every tensor: quick, and no two trained models share it.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(name for name in self.names if name.startswith(prefix)):
+            values = self._first_values(name)
+            digest.update(f"{name.removeprefix(prefix)} {self.shapes[name]} {values}\n".encode())
+        return digest.hexdigest()
+
+    def _first_values(self, name: str) -> list[float]:
+        if self._pickle is not None:
+            return self._pickle[name].flatten()[:8].tolist()
+        if not self.shapes[name]:
+            return [self._file.get_tensor(name).item()]
+        # a slice of the first axis: large tensors are not read whole
+        return self._file.get_slice(name)[:1].flatten()[:8].tolist()
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; its memory is a private mapping of the file."""

@@ -71,8 +71,17 @@ class Bucketing:
                 found |= {(width, height), (height, width)}
         return sorted(found)
 
+    def refusal(self, size: tuple[int, int]) -> str | None:
+        """Why an image of `size` has no bucket: without enlarging, a side shorter than one step leaves nothing."""
+        if not (self.enabled and self.no_upscale) or min(self._shrunk(size)) >= self.steps:
+            return None
+        return (
+            f"is {size[0]}x{size[1]} pixels: with bucket_no_upscale a side shorter than bucket_reso_steps "
+            f"({self.steps}) leaves no bucket; remove the image, allow enlarging, or use smaller steps"
+        )
+
     def place(self, size: tuple[int, int]) -> Placement:
-        """Bucket, resized size and crop of an image of `size`."""
+        """Bucket, resized size and crop of an image of `size` that is not refused."""
         if not self.enabled:
             return _covering(size, self.resolution)
         return self._shrinking(size) if self.no_upscale else _covering(size, self._closest(size))
@@ -86,25 +95,25 @@ class Bucketing:
         return min(self.sizes, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
 
     def _shrinking(self, size: tuple[int, int]) -> Placement:
-        """Bring a larger image down to the target area along the side that keeps its ratio better; never enlarge."""
+        """Bring a larger image down to the target area, then cut to whole steps; never enlarge."""
+        resized = self._shrunk(size)
+        bucket = resized[0] // self.steps * self.steps, resized[1] // self.steps * self.steps
+        return Placement(bucket, resized, _centre(resized, bucket))
+
+    def _shrunk(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size itself, or about the target area, along the side that keeps the aspect ratio better."""
         width, height = size
         area = self.resolution[0] * self.resolution[1]
-        resized = size
-        if width * height > area:
-            ratio = width / height
-            wide = math.sqrt(area * ratio)
-            by_width, by_height = self._floor(wide), self._floor(area / wide)
-            error_w = abs(by_width / self._floor(by_width / ratio) - ratio)
-            error_h = abs(self._floor(by_height * ratio) / by_height - ratio)
-            if error_w < error_h:
-                resized = by_width, int(by_width / ratio + 0.5)
-            else:
-                resized = int(by_height * ratio + 0.5), by_height
-        # a side shorter than one step would give an empty bucket
-        bucket = max(resized[0] // self.steps, 1) * self.steps, max(resized[1] // self.steps, 1) * self.steps
-        if bucket[0] > resized[0] or bucket[1] > resized[1]:
-            return _covering(size, bucket)
-        return Placement(bucket, resized, _centre(resized, bucket))
+        if width * height <= area:
+            return size
+        ratio = width / height
+        wide = math.sqrt(area * ratio)
+        by_width, by_height = self._floor(wide), self._floor(area / wide)
+        error_w = abs(by_width / self._floor(by_width / ratio) - ratio)
+        error_h = abs(self._floor(by_height * ratio) / by_height - ratio)
+        if error_w < error_h:
+            return by_width, int(by_width / ratio + 0.5)
+        return int(by_height * ratio + 0.5), by_height
 
     def _floor(self, value: float) -> int:
         rounded = int(value + 0.5)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.base.errors import Problem, UserError, raise_problems
+from library.base.logs import logger
 from library.config_util import DatasetPlan, read_config, resolve_datasets
+from library.data.buckets import Bucketing
 from library.data.dataset import ImageSet, split_validation
-from library.data.presets import from_folder_flags
-from library.data.records import scan_dataset
+from library.data.presets import from_flags
+from library.data.records import ImageRecord, ScanRules, scan_dataset
 
 
 @dataclass(frozen=True)
@@ -19,32 +21,42 @@ class ImageSets:
     validation: tuple[ImageSet, ...]
 
 
+# flags that describe data on their own and say nothing beside a dataset file
+_DATA_FLAGS = ("train_data_dir", "reg_data_dir", "in_json", "conditioning_data_dir")
+
+
 def dataset_plans(
-    dataset_config: str | Mapping[str, Any] | None, command_line: Mapping[str, Any]
+    dataset_config: str | Mapping[str, Any] | None, command_line: Mapping[str, Any], *, control: bool = False
 ) -> tuple[list[DatasetPlan], str]:
     """Resolved plans, and the name they are called by in messages.
 
     Args:
         dataset_config: a file, its content, or None for the folder flags.
         command_line: values of flags that stand in where the file is silent.
+        control: whether the script trains on pairs of images and control images.
     """
+    ignored = [f"--{name}" for name in _DATA_FLAGS if dataset_config and command_line.get(name)]
+    if ignored:
+        logger.warning("%s have no effect beside a dataset configuration", ", ".join(ignored))
     if isinstance(dataset_config, Mapping):
         return resolve_datasets(dataset_config, command_line, source="dataset"), "dataset"
     if dataset_config:
-        return resolve_datasets(read_config(dataset_config), command_line, source=dataset_config), dataset_config
-    folders = from_folder_flags(command_line.get("train_data_dir"), command_line.get("reg_data_dir"))
-    return resolve_datasets(folders, command_line, source="--train_data_dir"), "--train_data_dir"
+        return resolve_datasets(read_config(dataset_config), command_line, source=str(dataset_config)), str(
+            dataset_config
+        )
+    source = "--in_json" if command_line.get("in_json") else "--train_data_dir"
+    return resolve_datasets(from_flags(command_line, control=control), command_line, source=source), source
 
 
-def scan(plans: Sequence[DatasetPlan], *, source: str, seed: int, step: int, allow_missing_captions: bool) -> ImageSets:
+def scan(plans: Sequence[DatasetPlan], *, source: str, seed: int, step: int, rules: ScanRules) -> ImageSets:
     """Find all images, check them and split off the validation images.
 
     Args:
         plans: the datasets.
         source: what they are called in messages.
-        seed: of the run, for the split where a dataset has no validation seed.
+        seed: of the run, for the split where a subset has no validation seed.
         step: sizes must be multiples of this many pixels.
-        allow_missing_captions: train images without caption on empty text.
+        rules: how images are looked for.
 
     Raises:
         UserError: everything that is wrong, each with its place.
@@ -55,7 +67,9 @@ def scan(plans: Sequence[DatasetPlan], *, source: str, seed: int, step: int, all
     for index, plan in enumerate(plans):
         where = f"{source}: datasets[{index}]"
         problems += _size_problems(plan, step, where)
-        records, wrong = scan_dataset(plan.subsets, where=where, allow_missing_captions=allow_missing_captions)
+        records, wrong = scan_dataset(plan.subsets, where=where, rules=rules)
+        problems += wrong
+        records, wrong = _with_buckets(plan, records, skip=rules.skip_bad_images)
         problems += wrong
         kept, held_out = split_validation(plan, records, seed)
         train.append(ImageSet.build(plan, [records[number] for number in kept]))
@@ -65,6 +79,23 @@ def scan(plans: Sequence[DatasetPlan], *, source: str, seed: int, step: int, all
     if not any(images.num_train_images for images in train):
         raise UserError(source, message="holds no image to train on")
     return ImageSets(tuple(train), tuple(validation))
+
+
+def _with_buckets(
+    plan: DatasetPlan, records: Sequence[ImageRecord], *, skip: bool
+) -> tuple[list[ImageRecord], list[Problem]]:
+    """The records that have a bucket, and a problem for each that has none; with `skip` a warning instead."""
+    bucketing = Bucketing.from_plan(plan)
+    refused = [(record, reason) for record in records if (reason := bucketing.refusal(record.size))]
+    if not refused:
+        return list(records), []
+    gone = {id(record) for record, _ in refused}
+    kept = [record for record in records if id(record) not in gone]
+    if not skip:
+        return kept, [Problem(str(record.path), reason) for record, reason in refused]
+    for record, reason in refused:
+        logger.warning("%s is left out: it %s", record.path, reason)
+    return kept, []
 
 
 def _size_problems(plan: DatasetPlan, step: int, where: str) -> list[Problem]:

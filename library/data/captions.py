@@ -10,24 +10,30 @@ _CHOICE = re.compile(r"\{([^}]+)\}")
 _OPEN, _CLOSE = "\u2985", "\u2986"  # stand in for escaped braces
 
 
-def process_caption(caption: str, rules: CaptionRules, rng: Random, *, epoch: int, step: int, max_steps: int) -> str:
-    """The caption of one visit.
+def is_dropped(rules: CaptionRules, rng: Random, epoch: int) -> bool:
+    """Whether a visit gets an empty text.
+
+    Args:
+        rules: settings of the subset.
+        rng: generator of this visit; drawn from only with a dropout rate.
+        epoch: from 1.
+    """
+    if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
+        return True
+    every = rules.caption_dropout_every_n_epochs
+    return every > 0 and epoch % every == 0
+
+
+def vary_caption(caption: str, rules: CaptionRules, rng: Random, *, step: int, max_steps: int) -> str:
+    """The text of one visit that is not dropped.
 
     Args:
         caption: text of the file; several lines only with wildcards.
         rules: settings of the subset.
         rng: generator of this visit; drawn from only where a rule needs chance.
-        epoch: from 1.
         step: optimizer steps taken before this visit.
         max_steps: length of the run, for warm-up given as a share.
-
-    Returns:
-        The text, empty when the caption is dropped.
     """
-    if rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate:
-        return ""
-    if rules.caption_dropout_every_n_epochs > 0 and epoch % rules.caption_dropout_every_n_epochs == 0:
-        return ""
     line = _choose(caption, rng) if rules.enable_wildcard else caption.split("\n", 1)[0]
     line = " ".join(part for part in (rules.caption_prefix, line, rules.caption_suffix) if part)
     if rules.shuffle_caption or rules.token_warmup_step > 0 or rules.caption_tag_dropout_rate > 0:

@@ -1,34 +1,227 @@
 """Decode, resize and cut images."""
 
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from library.base.errors import UserError
 from library.data.buckets import Placement
 
 _PILLOW = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+_ALWAYS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_OPTIONAL = {".avif": "pillow>=11.3", ".jxl": "pillow-jxl-plugin"}
+_MAX_PIXELS = 500_000_000
+_ORIENTATION = 0x0112  # EXIF tag
+_TAIL = 64 * 1024  # bytes at a file's end in which its end mark is looked for
+_COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "gray": (128, 128, 128)}
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def decode(path: Path) -> np.ndarray:
-    """An image file as RGB [h, w, 3] uint8.
+@cache
+def optional_formats() -> dict[str, str]:
+    """Suffix -> package to install, of the formats that could be read but are not here."""
+    readable = {".avif": _reads_avif(), ".jxl": _reads_jxl()}
+    return {suffix: package for suffix, package in _OPTIONAL.items() if not readable[suffix]}
+
+
+@cache
+def extensions() -> tuple[str, ...]:
+    """Suffixes, in lower case, of the images that this installation reads."""
+    return (*_ALWAYS, *(suffix for suffix in _OPTIONAL if suffix not in optional_formats()))
+
+
+def _reads_avif() -> bool:
+    if features.check("avif"):
+        return True
+    if importlib.util.find_spec("pillow_avif") is None:
+        return False
+    importlib.import_module("pillow_avif")  # registers itself
+    return True
+
+
+def _reads_jxl() -> bool:
+    if importlib.util.find_spec("pillow_jxl") is None:
+        return False
+    importlib.import_module("pillow_jxl")  # registers itself
+    return True
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    """An image file, its plugins registered, up to the size limit."""
+    extensions()
+    # Pillow's own limit, 89 megapixels, is one that photographs reach; it refuses above twice this number
+    Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
+    with Image.open(path) as image:
+        yield image
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    """Why a file cannot be read, in words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "is not an image, whatever its name says"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is larger than {_MAX_PIXELS // 1_000_000} megapixels; make it smaller"
+    if isinstance(error, IsADirectoryError) or path.is_dir():
+        return "is a folder"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    return f"cannot be read: {error}"
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF data says that width and height change places."""
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+def read_size(path: Path, *, exif_transpose: bool = False) -> tuple[int, int]:
+    """(width, height) from the header; with `exif_transpose` those of the turned image.
+
+    Raises:
+        ValueError: what is wrong with the file.
+    """
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise ValueError("is empty (zero bytes)")
+        with _open(path) as image:
+            return image.size[::-1] if exif_transpose and _turned(image) else image.size
+    except _UNREADABLE as error:
+        if isinstance(error, ValueError) and str(error).startswith("is empty"):
+            raise
+        raise ValueError(_reason(path, error)) from error
+
+
+def has_rotation(path: Path) -> bool:
+    """Whether EXIF data says that the image has to be turned or mirrored."""
+    try:
+        with _open(path) as image:
+            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except _UNREADABLE:
+        return False
+
+
+def looks_truncated(path: Path) -> bool:
+    """Whether the file's end is missing; a suspicion from its last bytes is confirmed by decoding it."""
+    try:
+        if _has_end(path):
+            return False
+        decode(path)
+    except (OSError, UserError):
+        return True
+    return False
+
+
+def _has_end(path: Path) -> bool:
+    """Whether the mark or size of the format's end is where it should be; True where a format has none."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(16)
+        file.seek(max(0, size - _TAIL))
+        tail = file.read()
+    if head.startswith(b"\x89PNG"):
+        return b"IEND" in tail
+    if head.startswith(b"\xff\xd8"):
+        return b"\xff\xd9" in tail
+    if head[:4] == b"RIFF":
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    if head[:2] == b"BM":
+        return int.from_bytes(head[2:6], "little") <= size
+    return True
+
+
+def parse_background(text: str | None) -> tuple[int, int, int] | None:
+    """A colour from its name or #rrggbb; None for None and "keep".
+
+    Raises:
+        ValueError: neither.
+    """
+    if text is None or text == "keep":
+        return None
+    if text in _COLOURS:
+        return _COLOURS[text]
+    if len(text) == 7 and text.startswith("#"):
+        try:
+            return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+        except ValueError:
+            pass
+    raise ValueError(f"expected {', '.join(_COLOURS)} or #rrggbb")
+
+
+def decode(
+    path: Path,
+    *,
+    alpha: bool = False,
+    exif_transpose: bool = False,
+    background: tuple[int, int, int] | None = None,
+) -> np.ndarray:
+    """An image file as [h, w, 3] uint8, or with `alpha` [h, w, 4].
+
+    Args:
+        path: the file; of several frames the first counts.
+        alpha: return the alpha channel too, 255 where there is none.
+        exif_transpose: turn the image as its EXIF data says.
+        background: colour under transparent pixels; None keeps the colours that are hidden there.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(str(path), message=f"cannot be decoded: {error}") from error
+        with _open(path) as image:
+            image.load()
+            converted = _eight_bit(image)
+            if exif_transpose:
+                converted = ImageOps.exif_transpose(converted)
+            transparent = converted.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in converted.info
+            pixels = np.asarray(converted.convert("RGBA" if transparent else "RGB"))
+    except _UNREADABLE as error:
+        reason = _reason(path, error).replace("cannot be read", "cannot be decoded")
+        raise UserError(str(path), message=reason) from error
+    if pixels.shape[2] == 4 and background is not None:
+        pixels = np.concatenate((_composed(pixels, background), pixels[..., 3:]), axis=2)
+    if alpha and pixels.shape[2] == 3:
+        return np.concatenate((pixels, np.full_like(pixels[..., :1], 255)), axis=2)
+    return pixels if alpha or pixels.shape[2] == 3 else np.ascontiguousarray(pixels[..., :3])
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Greyscale of more than 8 bits scaled to 8: converting it directly would cut everything above 255 to white."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        values = values * (255 if values.max(initial=0) <= 1 else 1)
+    elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
+        values = values / 257  # 65535 -> 255
+    scaled = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
+    scaled.info = {key: value for key, value in image.info.items() if key == "exif"}
+    return scaled
+
+
+def _composed(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """[h, w, 4] laid on a colour: [h, w, 3]."""
+    share = pixels[..., 3:].astype(np.float32) / 255
+    mixed = pixels[..., :3] * share + np.array(background, np.float32) * (1 - share)
+    return (mixed + 0.5).astype(np.uint8)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None) -> np.ndarray:
-    """Resize to (width, height); without a name: area where no side grows, else lanczos."""
+    """Resize [h, w], [h, w, 3] or [h, w, 4] to (width, height); without a name: area where no side grows, else lanczos.
+
+    Colour and alpha are resized apart, so that the colours do not depend on whether alpha is there.
+    """
     height, width = pixels.shape[:2]
     if (width, height) == size:
         return pixels
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        colours = resize(np.ascontiguousarray(pixels[..., :3]), size, interpolation)
+        mask = resize(np.ascontiguousarray(pixels[..., 3]), size, interpolation)
+        return np.concatenate((colours, mask[..., None]), axis=2)
     name = interpolation or ("area" if width >= size[0] and height >= size[1] else "lanczos")
     if name in _PILLOW:
         return np.asarray(Image.fromarray(pixels).resize(size, _PILLOW[name]))
@@ -47,7 +240,7 @@ def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None)
 
 
 def cut(pixels: np.ndarray, placement: Placement, interpolation: str | None) -> np.ndarray:
-    """The part of an image that is trained on: [h, w, 3] uint8 of the bucket's size."""
+    """The part of an image that is trained on: [h, w, ...] uint8 of the bucket's size."""
     resized = resize(pixels, placement.resized, interpolation)
     (x, y), (width, height) = placement.crop, placement.bucket
     return resized[y : y + height, x : x + width]

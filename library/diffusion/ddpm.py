@@ -31,9 +31,11 @@ class Ddpm:
     min_timestep: int = 0
     max_timestep: int = NUM_TIMESTEPS
 
-    def sample(self, generators: Sequence[Generator], latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def sample(
+        self, generators: Sequence[Generator], latent_size: tuple[int, int], offsets: Sequence[float] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """Uniform integers in [min_timestep, max_timestep)."""
-        del latent_size
+        del latent_size, offsets
         if self.min_timestep >= self.max_timestep:
             return torch.full((len(generators),), float(min(self.max_timestep, NUM_TIMESTEPS - 1))), None
         draws = [torch.randint(self.min_timestep, self.max_timestep, (1,), generator=g) for g in generators]

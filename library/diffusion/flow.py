@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from library.diffusion.process import per_sample
 
 NUM_TIMESTEPS = 1000
+LOGIT_SAMPLING = frozenset({"sigmoid", "shift", "flux_shift"})
 
 
 def shifted(sigmas: Tensor, shift: float) -> Tensor:
@@ -71,11 +72,18 @@ class RectifiedFlow:
     min_sigma: float = 0.0
     max_sigma: float = 1.0
 
-    def sample(self, generators: Sequence[Generator], latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Draw sigmas, then restrict them to [min_sigma, max_sigma]; timesteps are 1000 * sigma."""
+    def sample(
+        self, generators: Sequence[Generator], latent_size: tuple[int, int], offsets: Sequence[float] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw sigmas, then restrict them to [min_sigma, max_sigma]; timesteps are 1000 * sigma.
+
+        Offsets move the logit of what is drawn; `uniform` and `sigma` draw no logits and ignore them.
+        """
         draw = self._samplers()[self.sampling]
         tokens = (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
         sigmas = torch.cat([draw(generator, tokens) for generator in generators])
+        if self.sampling in LOGIT_SAMPLING and any(offsets):
+            sigmas = torch.sigmoid(torch.logit(sigmas) + torch.tensor(offsets, dtype=torch.float32))
         if (self.min_sigma, self.max_sigma) != (0.0, 1.0):
             sigmas = self.min_sigma + (self.max_sigma - self.min_sigma) * sigmas
         return sigmas * NUM_TIMESTEPS, sigmas

@@ -13,8 +13,16 @@ class NoiseProcess(Protocol):
     Noise levels travel as `timesteps` [B] float32 in 0..1000 units and, in flow families, `sigmas` [B] in [0, 1].
     """
 
-    def sample(self, generators: Sequence[Generator], latent_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Draw the noise level of each item from its own generator: (timesteps, sigmas or None)."""
+    def sample(
+        self, generators: Sequence[Generator], latent_size: tuple[int, int], offsets: Sequence[float] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw the noise level of each item from its own generator: (timesteps, sigmas or None).
+
+        Args:
+            generators: one per item.
+            latent_size: (height, width) of the latents.
+            offsets: shift of each item's distribution towards noise, in logits; processes without logits ignore it.
+        """
         ...
 
     def at(self, timesteps: Tensor) -> Tensor | None:

@@ -61,6 +61,11 @@ class Components:
     published_denoiser: nn.Module | None = None
     published_text_encoders: list[nn.Module | None] = field(default_factory=list)
 
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether any text encoder is loaded."""
+        return any(encoder is not None for encoder in self.text_encoders)
+
     def freeze(self) -> None:
         """Make every part untrainable and put it into evaluation mode."""
         for module in (self.denoiser, self.vae, *self.text_encoders):

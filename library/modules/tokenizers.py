@@ -1,6 +1,7 @@
 """Find and load tokenizers without asking the network when a local copy exists."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,46 @@ def _holds_tokenizer(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in _FILES)
 
 
+class LocalTokenizer:
+    """A transformers tokenizer that is read when it is first used: a run with complete caches needs none.
+
+    Args:
+        class_name: in transformers.
+        folder: with the vocabulary.
+    """
+
+    def __init__(self, class_name: str, folder: Path) -> None:
+        self.class_name = class_name
+        self.folder = folder
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The tokenizer itself."""
+        import transformers
+
+        return getattr(transformers, self.class_name).from_pretrained(self.folder, local_files_only=True)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Token ids of texts."""
+        return self.loaded(*arguments, **named)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id."""
+        return self.loaded.get_vocab()
+
+
 def load_tokenizer(class_name: str, hub_id: str, *, cache_dir: str | None, beside: Sequence[Path] = ()) -> Any:
-    """A transformers tokenizer from a local folder, else from the hub.
+    """A tokenizer from a local folder, else from the hub.
 
     Raises:
         UserError: found nowhere; the text lists the places and says how to provide it.
     """
+    local = find_tokenizer(hub_id, cache_dir=cache_dir, beside=beside)
+    if local is not None:
+        return LocalTokenizer(class_name, local)
     import transformers
 
     tokenizer_class = getattr(transformers, class_name)
-    local = find_tokenizer(hub_id, cache_dir=cache_dir, beside=beside)
-    if local is not None:
-        return tokenizer_class.from_pretrained(local, local_files_only=True)
     try:
         tokenizer = tokenizer_class.from_pretrained(hub_id)
         if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) < _SMALLEST_PUBLISHED:

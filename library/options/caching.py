@@ -18,11 +18,19 @@ class CachingOptions:
     skip_cache_check: bool = option(
         False, help="trust existing cache files without opening them", aliases=("skip_latents_validity_check",)
     )
+    cache_format: str = option(
+        "npz",
+        help="format of new cache files: npz is what other programs read, safetensors is half the size (bfloat16)",
+        choices=("npz", "safetensors"),
+    )
+    verify_caches: bool = option(False, help="compare the checksums of all cache files before training")
     vae_sample: bool = option(False, help="draw latents from the VAE's distribution instead of taking its mode")
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
         yield from at_least(1, vae_batch_size=self.vae_batch_size)
+        if self.verify_caches and self.skip_cache_check:
+            yield Problem("--verify_caches", "contradicts --skip_cache_check; leave one of them out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +41,20 @@ class TextCachingOptions:
     cache_text_encoder_outputs_to_disk: bool = option(
         False, help="keep the encoded captions in files beside the images"
     )
+    cache_caption_variants: int | None = option(
+        None, help="encode this many variants of each caption that is shuffled, has wildcards or drops tags"
+    )
     text_encoder_batch_size: int | None = option(None, help="captions encoded at a time; the batch size when not given")
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
-        yield from at_least(1, text_encoder_batch_size=self.text_encoder_batch_size)
+        yield from at_least(
+            1,
+            text_encoder_batch_size=self.text_encoder_batch_size,
+            cache_caption_variants=self.cache_caption_variants,
+        )
+        if self.cache_caption_variants is not None and not self.active:
+            yield Problem("--cache_caption_variants", "needs --cache_text_encoder_outputs")
 
     @property
     def active(self) -> bool:

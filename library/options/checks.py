@@ -42,8 +42,9 @@ def missing_problems(options: OptionSet) -> Iterator[Problem]:
     data = options.get(DataOptions)
     if data is None or DatasetDict in options:
         return
-    if data.dataset_config is None and data.train_data_dir is None:
-        yield Problem("--dataset_config", "is required (or --train_data_dir for one folder of images)")
+    if data.dataset_config is None and data.train_data_dir is None and data.in_json is None:
+        message = "is required (or --train_data_dir for folders of images, or --in_json for a metadata file)"
+        yield Problem("--dataset_config", message)
     elif data.dataset_config is None and options[BucketOptions].resolution is None:
         yield Problem("--resolution", "is required with --train_data_dir")
 
@@ -72,20 +73,17 @@ def _latent_caching_problems(options: OptionSet) -> Iterator[Problem]:
     caching, augment = options.get(CachingOptions), options.get(AugmentOptions)
     if caching is None or augment is None or not (caching.cache_latents or caching.cache_latents_to_disk):
         return
-    for name in ("color_aug", "random_crop"):
+    for name in ("color_aug", "random_crop", "face_crop_aug_range"):
         if getattr(augment, name):
             yield Problem(f"--{name}", "cannot be combined with cached latents: the images would have to stay the same")
 
 
-def text_caching_problems(
-    options: OptionSet, *, trains_cached_encoders: bool = False, dropout_allowed: bool = False
-) -> Iterator[Problem]:
+def text_caching_problems(options: OptionSet, *, trains_cached_encoders: bool = False) -> Iterator[Problem]:
     """What contradicts captions that are encoded once.
 
     Args:
         options: the parsed options.
         trains_cached_encoders: an encoder whose outputs would be cached is trained.
-        dropout_allowed: the family can drop a cached caption as a whole.
     """
     caching = options.get(TextCachingOptions)
     if caching is None or not caching.active:
@@ -94,12 +92,11 @@ def text_caching_problems(
     if trains_cached_encoders:
         yield Problem(flag, "needs --network_train_unet_only: outputs of trained text encoders cannot be kept")
     captions = options.get(CaptionOptions)
-    names = ["shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate", "token_warmup_step"]
-    if not dropout_allowed:
-        names += ["caption_dropout_rate", "caption_dropout_every_n_epochs"]
-    for name in names:
-        if captions is not None and getattr(captions, name):
-            yield Problem(f"--{name}", f"cannot be combined with {flag}: captions would have to stay the same")
+    for name in ("shuffle_caption", "enable_wildcard", "caption_tag_dropout_rate"):
+        if captions is not None and getattr(captions, name) and not caching.cache_caption_variants:
+            yield Problem(f"--{name}", f"needs --cache_caption_variants with {flag}: captions change at every visit")
+    if captions is not None and captions.token_warmup_step:
+        yield Problem("--token_warmup_step", f"cannot be combined with {flag}: captions grow while training")
     loss = options.get(SnrLossOptions)
     if loss is not None and loss.weighted_captions:
         yield Problem("--weighted_captions", f"cannot be combined with {flag}")

@@ -30,6 +30,13 @@ class DataOptions:
     cache_info: bool = option(False, help="keep captions and image sizes in a file in the image folder")
     debug_dataset: bool = option(False, help="show what the dataset yields instead of training")
     prior_loss_weight: float = option(1.0, help="weight of the loss of regularization images")
+    skip_bad_images: bool = option(
+        False, help="decode every image first, and leave out those that cannot be read instead of stopping"
+    )
+    exif_transpose: bool = option(False, help="turn images as the orientation in their EXIF data says")
+    alpha_background: str | None = option(
+        None, help="colour under transparent pixels: white, black, grey or #rrggbb; their hidden colours when not given"
+    )
     allow_missing_captions: bool = option(False, help="go on when many images have no caption file")
 
     def problems(self) -> Iterator[Problem]:

@@ -1,28 +1,26 @@
 """From options to a session: the only place where the parts are wired together."""
 
-import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata as package_metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library.base.dtypes import dtype_from_name
 from library.base.errors import UserError
 from library.base.lazy import resolve
 from library.base.randomness import address, seeded_globals
-from library.batch import ItemAddress, StepInputs
-from library.caching.latents import cache_latents
+from library.batch import Conditioning, StepInputs
+from library.caching.latents import all_items
 from library.caching.text_outputs import cache_text_outputs
 from library.checkpoint.metadata import ModelHashes, TrainingFacts, minimum_metadata, training_metadata
 from library.checkpoint.model_spec import model_spec_metadata
 from library.checkpoint.saver import Saver
-from library.data.dataset import TrainDataset
+from library.data.dataset import LatentReader, TextReader, TrainDataset
 from library.data.loader import TrainData
 from library.family import Family
 from library.modules.checkpointing import checkpointed
@@ -46,14 +44,20 @@ from library.options.validation import ValidationOptions
 from library.sampling.runner import SampleRunner, SampleTarget
 from library.strategy_base import Strategies
 from library.tracking.events import EventLog
+from library.training.caches import CacheSetting, DiskCaches, keeps_texts_on_disk, memory_latents
 from library.training.checks import Inspected
-from library.training.conditioning import ConditioningSource
+from library.training.conditioning import ConditioningSource, encode_with_all
 from library.training.distributed import Processes
 from library.training.engine import Trainer
 from library.training.inputs import StepAssembler
 from library.training.latents import LatentEncoder, LatentSource
-from library.training.network_adapter import KohyaNetworkAdapter, merge_base_weights
-from library.training.plan import RunPlan
+from library.training.network_adapter import (
+    KohyaNetworkAdapter,
+    import_network_module,
+    is_ours,
+    merge_base_weights,
+)
+from library.training.plan import RunPlan, autocast_context
 from library.training.replay import Replay, StepRecorder
 from library.training.report import Progress
 from library.training.services import SamplingService, SavingService, Service, ServiceList, ValidationService
@@ -85,17 +89,52 @@ class Setting:
         """Where the model computes."""
         return self.processes.device
 
+    def caches(self) -> CacheSetting:
+        """What decides how caches are made."""
+        return CacheSetting(
+            family=self.family,
+            options=self.plan.options,
+            strategies=self.strategies,
+            processes=self.processes,
+            seed=self.plan.seed,
+        )
 
-def load(setting: Setting) -> Components:
+
+def needed(setting: Setting, caches: DiskCaches | None, *, replayed: bool) -> Need:
+    """Which parts the run has to load: what complete caches stand for stays on disk.
+
+    Args:
+        setting: of the run.
+        caches: on disk; None when the run keeps none.
+        replayed: latents come from a record.
+    """
+    plan, options = setting.plan, setting.plan.options
+    network = options[NetworkOptions]
+    samples = bool(setting.inspected.requests)
+    latents_ready = replayed or (caches is not None and caches.latents is not None and not caches.lacks_latents)
+    texts_ready = caches is not None and caches.texts is not None and not caches.lacks_texts
+    module = import_network_module(network.network_module or setting.family.default_network or "")
+    changes_text = not network.network_train_unet_only or bool(network.base_weights) or not is_ours(module)
+    # text encoders and VAE may leave the device after caching, so the denoiser comes there only then
+    waiting = torch.device("cpu") if plan.cache_latents or plan.cache_text else None
+    return Need(
+        vae=samples or not latents_ready,
+        text_encoders=samples or not texts_ready or changes_text,
+        dtype=plan.dtype,
+        vae_dtype=plan.vae_dtype,
+        device=setting.device,
+        denoiser_device=waiting,
+    )
+
+
+def load(setting: Setting, need: Need) -> Components:
     """Load the model, frozen, and merge `--base_weights` into it."""
     plan = setting.plan
     options = plan.options
-    # text encoders and VAE may leave the device after caching, so the denoiser comes there only then
-    waiting = torch.device("cpu") if plan.cache_latents or plan.cache_text else None
-    need = Need(dtype=plan.dtype, vae_dtype=plan.vae_dtype, device=setting.device, denoiser_device=waiting)
     components: Components = resolve(setting.family.load)(options, need)
     components.freeze()
-    setting.strategies.tokenize.check_vocabularies(components.text_encoders)
+    if need.text_encoders:
+        setting.strategies.tokenize.check_vocabularies(components.text_encoders)
     if options[NetworkOptions].base_weights:
         merge_base_weights(options[NetworkOptions], components, setting.family.default_network, plan.dtype)
     return components
@@ -152,77 +191,117 @@ def wrap_blocks(setting: Setting, components: Components, trained: list[bool]) -
         )
 
 
-def make_autocast(setting: Setting) -> Autocast:
-    """The context that models compute in."""
-    if setting.plan.dtype == torch.float32:
-        return contextlib.nullcontext
-    return partial(torch.autocast, setting.device.type, setting.plan.dtype)
+@dataclass(frozen=True)
+class Readable:
+    """Data that is ready to be read: what is cached is cached.
+
+    Attributes:
+        train: images to train on.
+        validation: images to validate on.
+        latents: gives the latents of their batches.
+        texts: conditioning of single texts, or None where encoders stay.
+    """
+
+    train: TrainDataset
+    validation: TrainDataset
+    latents: LatentSource
+    texts: Mapping[str, Conditioning] | None
 
 
-def make_conditioning(
-    setting: Setting, components: Components, trained: list[bool], autocast: Autocast, recorded: Sequence[str] | None
-) -> ConditioningSource:
-    """Text conditioning, cached where asked for; encoders that are not needed any more are let go."""
-    source = ConditioningSource(setting.strategies, components.text_encoders, trained, None, setting.device, autocast)
-    if not setting.plan.cache_text:
-        return source
-    rest = [None if on else encoder for encoder, on in zip(components.text_encoders, trained)]
-    dataset = setting.plan.dataset()
-    # a replay trains on the captions of its record, whatever the files say now
-    texts = list(recorded) if recorded is not None else _captions(dataset)
-    texts += _captions(setting.plan.dataset(validation=True))
-    texts += [text for request in setting.inspected.requests for text in (request.prompt, request.negative)]
-    size = setting.plan.options[TextCachingOptions].text_encoder_batch_size or dataset.sets[0].plan.batch_size
-    source.cached = cache_text_outputs(
-        texts, lambda chunk: source.encode(chunk, rest), batch_size=size, show_progress=setting.processes.is_main
+def make_disk_caches(setting: Setting) -> DiskCaches | None:
+    """Look at the caches on disk, if the run keeps any."""
+    plan, options = setting.plan, setting.plan.options
+    latents = options[CachingOptions].cache_latents_to_disk
+    texts = keeps_texts_on_disk(options)
+    if not latents and not texts:
+        return None
+    return DiskCaches(setting.caches(), plan.dataset(), plan.dataset(validation=True), latents=latents, texts=texts)
+
+
+def fill_caches(
+    setting: Setting,
+    components: Components,
+    caches: DiskCaches | None,
+    autocast: Autocast,
+    replay: Replay | None,
+) -> Readable:
+    """Encode images and captions where they are cached; nothing is trained yet, so no adapter has a part in it."""
+    plan = setting.plan
+    caching = plan.options[CachingOptions]
+    encoder = None
+    if components.vae is not None:
+        encoder = LatentEncoder.for_run(setting.strategies, components.vae, caching, plan.seed)
+    latents: list[LatentReader | None] = [None, None]
+    texts: list[TextReader | None] = [None, None]
+    if caches is not None:
+        caches.fill_latents(encoder)
+        encode = encode_with_all(setting.strategies, components.text_encoders, setting.device, autocast)
+        caches.fill_texts(encode if components.has_text_encoders else None, text_batch_size(setting))
+        latents, texts = map(list, zip(*caches.readers()))
+    if plan.cache_latents and latents[0] is None and replay is None:
+        assert encoder is not None
+        datasets = plan.dataset(), plan.dataset(validation=True)
+        latents = list(memory_latents(setting.caches(), datasets, encoder))
+    if plan.cache_latents or replay is not None:
+        encoder = None
+        if components.vae is not None:
+            components.vae.to("cpu")
+        if not setting.inspected.requests:
+            components.vae = None
+    return Readable(
+        plan.dataset(latents=latents[0], texts=texts[0]),
+        plan.dataset(validation=True, latents=latents[1], texts=texts[1]),
+        LatentSource(encoder),
+        _texts_in_memory(setting, components, autocast, replay, on_disk=texts[0] is not None),
     )
-    for index, on in enumerate(trained):
-        if not on:
-            components.text_encoders[index] = source.encoders[index] = None
-            components.published_text_encoders[index] = None
-    return source
+
+
+def text_batch_size(setting: Setting) -> int:
+    """Captions per call of the text encoders."""
+    text = setting.plan.options.get(TextCachingOptions)
+    given = text.text_encoder_batch_size if text is not None else None
+    return given or setting.plan.images.train[0].plan.batch_size
+
+
+def _texts_in_memory(
+    setting: Setting, components: Components, autocast: Autocast, replay: Replay | None, *, on_disk: bool
+) -> Mapping[str, Conditioning] | None:
+    """Conditioning of sample prompts, and of captions unless files hold them."""
+    if not setting.plan.cache_text:
+        return None
+    texts = [text for request in setting.inspected.requests for text in (request.prompt, request.negative)]
+    if not on_disk:
+        dataset, held_out = setting.plan.dataset(), setting.plan.dataset(validation=True)
+        # a replay trains on the captions of its record, whatever the files say now
+        texts += replay.captions() if replay is not None else _captions(dataset)
+        texts += _captions(held_out)
+    return cache_text_outputs(
+        texts,
+        encode_with_all(setting.strategies, components.text_encoders, setting.device, autocast),
+        batch_size=text_batch_size(setting),
+        show_progress=setting.processes.is_main,
+    )
 
 
 def _captions(data: TrainDataset) -> list[str]:
-    """Texts of all images, which do not change from visit to visit when they are cached."""
-    return [
-        data.caption(ItemAddress(number, record.subset, index, record.key, 0, 0), 0)
-        for number, images in enumerate(data.sets)
-        for index, record in enumerate(images.records)
-    ]
+    """Every text that an image may get when texts are cached."""
+    return [text for item in all_items(data) for text in data.texts(item)]
 
 
-def make_latents(setting: Setting, components: Components) -> tuple[LatentSource, LatentSource]:
-    """Latents for training and for validation, cached where asked for."""
-    plan, denoising = setting.plan, setting.strategies.denoising
-    assert components.vae is not None
-    caching = plan.options[CachingOptions]
-    encoder = LatentEncoder(
-        setting.strategies.latents_caching,
-        components.vae,
-        channels=denoising.latent_channels,
-        factor=denoising.spatial_factor,
-        sample_seed=plan.seed if caching.vae_sample else None,
-        chunk=caching.vae_batch_size,
-    )
-    if not plan.cache_latents:
-        return LatentSource(None, encoder), LatentSource(None, encoder)
-    sources = [
-        LatentSource(
-            cache_latents(
-                plan.dataset(validation=validation),
-                encoder,
-                batch_size=caching.vae_batch_size,
-                show_progress=setting.processes.is_main and bool(plan.dataset(validation=validation).sets),
-            ),
-            None,
-        )
-        for validation in (False, True)
-    ]
-    components.vae.to("cpu")
-    if not setting.inspected.requests:
-        components.vae = None
-    return sources[0], sources[1]
+def make_conditioning(
+    setting: Setting,
+    components: Components,
+    trained: list[bool],
+    autocast: Autocast,
+    cached: Mapping[str, Conditioning] | None,
+) -> ConditioningSource:
+    """Text conditioning; encoders that are not needed any more are let go."""
+    encoders = components.text_encoders
+    if cached is not None:
+        for index, on in enumerate(trained):
+            if not on:
+                encoders[index] = components.published_text_encoders[index] = None
+    return ConditioningSource(setting.strategies, encoders, trained, cached, setting.device, autocast)
 
 
 def bring_denoiser(setting: Setting, components: Components) -> None:
@@ -359,7 +438,7 @@ def make_services(
 
 
 def add_validation(
-    setting: Setting, session: Session, latents: LatentSource, losses: Callable[[StepInputs], Tensor]
+    setting: Setting, session: Session, readable: Readable, losses: Callable[[StepInputs], Tensor]
 ) -> None:
     """Put validation among the services when images are held out."""
     plan, options = setting.plan, setting.plan.options[ValidationOptions]
@@ -370,8 +449,8 @@ def add_validation(
     seed = plan.seed if options.validation_seed is None else options.validation_seed
     validator = Validator(
         options,
-        plan.dataset(validation=True),
-        StepAssembler(setting.strategies.denoising, latents, seed, setting.device),
+        readable.validation,
+        StepAssembler(setting.strategies.denoising, readable.latents, seed, setting.device),
         losses,
         setting.processes,
         (low or 0, 1000 if high is None else high),
@@ -404,18 +483,16 @@ def build_session(
 ) -> tuple[Session, Saver | None]:
     """Load, cache, wrap and wire everything."""
     plan = setting.plan
-    components = load(setting)
-    autocast = make_autocast(setting)
+    caches = make_disk_caches(setting) if replay is None else None
+    components = load(setting, needed(setting, caches, replayed=replay is not None))
+    autocast = autocast_context(setting.device, plan.dtype)
+    readable = fill_caches(setting, components, caches, autocast, replay)
     task = make_network(setting, components)
     options = plan.options[NetworkOptions]
     trained = [False] * len(components.text_encoders)
     if not options.network_train_unet_only:
         trained = setting.strategies.text_encoding.trained_encoders(components.text_encoders, task.adapter.network)
-    if replay is None:
-        latents, held_out = make_latents(setting, components)
-    else:
-        latents = held_out = LatentSource(None, None)
-    conditioning = make_conditioning(setting, components, trained, autocast, replay and replay.captions())
+    conditioning = make_conditioning(setting, components, trained, autocast, readable.texts)
     bring_denoiser(setting, components)
     wrap_blocks(setting, components, trained)
     optimizer = make_optimizer(setting, task)
@@ -424,7 +501,7 @@ def build_session(
     progress = Progress(plan, state, setting.device, events, track, show=setting.processes.is_main)
     services, saver, _ = make_services(setting, components, task, conditioning, autocast, optimizer, progress)
     data = replay or TrainData(
-        plan.dataset(),
+        readable.train,
         accumulation=plan.accumulation,
         world_size=plan.world_size,
         rank=setting.processes.rank,
@@ -438,7 +515,7 @@ def build_session(
         strategies=setting.strategies,
         task=task,
         data=data,
-        inputs=replay or StepAssembler(setting.strategies.denoising, latents, plan.seed, setting.device),
+        inputs=replay or StepAssembler(setting.strategies.denoising, readable.latents, plan.seed, setting.device),
         conditioning=conditioning,
         optimizer=optimizer,
         progress=progress,
@@ -447,5 +524,5 @@ def build_session(
         autocast=autocast,
     )
     if replay is None:
-        add_validation(setting, session, held_out, Trainer(session).losses)
+        add_validation(setting, session, readable, Trainer(session).losses)
     return session, saver

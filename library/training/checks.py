@@ -1,8 +1,8 @@
 """Everything that can be known to be wrong before weights load, reported together."""
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,21 +10,27 @@ import torch
 
 from library.base.errors import Problem, UserError, raise_problems
 from library.base.lazy import resolve
-from library.config_util import DatasetPlan
+from library.config_util import SubsetPlan
+from library.data.attributes import attribute_problems
 from library.data.build import ImageSets, dataset_plans, scan
+from library.data.records import ScanRules
+from library.diffusion.flow import LOGIT_SAMPLING
 from library.family import Family
 from library.modules.components import Variant
 from library.modules.loading import open_model_file
 from library.optim.registry import build_optimizer
+from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.data import DataOptions, DatasetDict
+from library.options.loss import LossOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schema import OptionSet
+from library.options.validation import ValidationOptions
 from library.sampling.prompts import SampleDefaults, SampleRequest, read_prompts
 from library.strategy_base import Strategies
-from library.training.network_adapter import import_network_module, parse_network_arguments
+from library.training.network_adapter import import_network_module, is_ours, parse_network_arguments
 
 T = TypeVar("T")
 
@@ -53,29 +59,46 @@ class _Collector:
             return None
 
 
-def inspect_run(family: Family, options: OptionSet, seed: int) -> Inspected:
+def inspect_run(family: Family, options: OptionSet, seed: int, *, is_main: bool = True) -> Inspected:
     """Read headers, dataset, captions, prompts and tokenizers.
+
+    Args:
+        family: of the model.
+        options: of the run.
+        seed: for the choice of validation images.
+        is_main: whether this process may write beside the images.
 
     Raises:
         UserError: all problems of all of them.
     """
     collector = _Collector()
-    variant = collector.run(lambda: resolve(family.inspect)(options))
-    strategies = None
-    if variant is not None:
-        strategies = collector.run(lambda: resolve(family.strategies)(options, variant))
-    images = collector.run(lambda: _images(family, options, seed))
+    inspected, collector.problems = inspect_data(family, options, seed, is_main=is_main)
     collector.run(lambda: _check_network(family, options))
     collector.run(lambda: _check_optimizer(options))
     collector.problems += _output_problems(options)
     requests: list[SampleRequest] | None = []
     sampling = options[SamplingOptions]
-    if sampling.sample_prompts and strategies is not None:
-        defaults: SampleDefaults = strategies.denoising.sample_defaults
+    if sampling.sample_prompts and inspected is not None:
+        defaults: SampleDefaults = inspected.strategies.denoising.sample_defaults
         requests = collector.run(lambda: read_prompts(sampling.sample_prompts, defaults))
     raise_problems(collector.problems)
-    assert variant is not None and strategies is not None and images is not None and requests is not None
-    return Inspected(variant=variant, strategies=strategies, images=images, requests=requests)
+    assert inspected is not None and requests is not None
+    return replace(inspected, requests=requests)
+
+
+def inspect_data(
+    family: Family, options: OptionSet, seed: int, *, is_main: bool
+) -> tuple[Inspected | None, list[Problem]]:
+    """Read the model's headers and the dataset; with the problems that were found. See `inspect_run`."""
+    collector = _Collector()
+    variant = collector.run(lambda: resolve(family.inspect)(options))
+    strategies = None
+    if variant is not None:
+        strategies = collector.run(lambda: resolve(family.strategies)(options, variant))
+    images = collector.run(lambda: _images(family, options, seed, is_main=is_main))
+    if variant is None or strategies is None or images is None:
+        return None, collector.problems
+    return Inspected(variant=variant, strategies=strategies, images=images, requests=[]), collector.problems
 
 
 def _check_network(family: Family, options: OptionSet) -> None:
@@ -86,9 +109,8 @@ def _check_network(family: Family, options: OptionSet) -> None:
     for flag, path in files:
         open_model_file(flag, path)
     module = import_network_module(network.network_module or family.default_network)
-    check = getattr(module.create_network, "check_arguments", None)
-    if check is not None:
-        check(parse_network_arguments(network.network_args))
+    if is_ours(module):
+        module.create_network.check_arguments(parse_network_arguments(network.network_args))
 
 
 def _check_optimizer(options: OptionSet) -> None:
@@ -107,33 +129,57 @@ def _output_problems(options: OptionSet) -> list[Problem]:
     return []
 
 
-def _images(family: Family, options: OptionSet, seed: int) -> ImageSets:
+def _images(family: Family, options: OptionSet, seed: int, *, is_main: bool) -> ImageSets:
     data = options[DataOptions]
     given = options.get(DatasetDict)
     config: str | Mapping[str, Any] | None = given.content if given else data.dataset_config
     plans, source = dataset_plans(config, options.values())
-    problems = list(_caption_problems(plans, options, source))
-    raise_problems(problems)
-    return scan(
-        plans,
-        source=source,
-        seed=seed,
-        step=family.latent.resolution_step,
-        allow_missing_captions=data.allow_missing_captions,
-    )
-
-
-def _caption_problems(plans: list[DatasetPlan], options: OptionSet, source: str) -> list[Problem]:
-    """Cached text cannot follow captions that change from visit to visit."""
-    if not options.values().get("cache_text_encoder_outputs"):
-        return []
-    message = (
-        "its captions change from visit to visit (shuffle, wildcards, dropout or warm-up), which cached text encoder "
-        "outputs cannot follow; turn one of the two off"
-    )
-    return [
-        Problem(f"{source}: datasets[{number}].subsets[{index}]", message)
+    raise_problems(
+        problem
         for number, plan in enumerate(plans)
         for index, subset in enumerate(plan.subsets)
-        if not subset.captions.is_fixed
-    ]
+        for problem in _subset_problems(subset, options, f"{source}: datasets[{number}].subsets[{index}]")
+    )
+    spec = family.latent
+    rules = ScanRules(
+        allow_missing_captions=data.allow_missing_captions,
+        skip_bad_images=data.skip_bad_images,
+        exif_transpose=data.exif_transpose,
+        latent_suffixes=(f"{spec.cache_suffix}.npz", f"{spec.cache_suffix}.safetensors"),
+        write_info=is_main,
+    )
+    images = scan(plans, source=source, seed=seed, step=spec.resolution_step, rules=rules)
+    raise_problems(_gone_problems(images, options))
+    return images
+
+
+def _subset_problems(subset: SubsetPlan, options: OptionSet, where: str) -> Iterator[Problem]:
+    """What contradicts the way a subset is used."""
+    caching = options[CachingOptions]
+    if subset.changes_pixels and (caching.cache_latents or caching.cache_latents_to_disk):
+        message = "color_aug, random_crop and face_crop_aug_range change images at every visit, which cached latents "
+        yield Problem(where, message + "cannot follow; turn one of the two off")
+    if subset.conditioning_data_dir and not options[LossOptions].masked_loss:
+        message = "has an effect only with --masked_loss, which makes these images loss masks"
+        yield Problem(f"{where}.conditioning_data_dir", message)
+    draws_logits = options.values().get("timestep_sampling") in LOGIT_SAMPLING
+    yield from attribute_problems(subset.custom_attributes, f"{where}.custom_attributes", offsets=draws_logits)
+    if subset.validation_split and ValidationOptions not in options:
+        yield Problem(f"{where}.validation_split", "this script does not validate; remove the key")
+    text = options.get(TextCachingOptions)
+    if text is None or not text.active:
+        return
+    if subset.captions.token_warmup_step:
+        message = "captions grow while training, which cached text encoder outputs cannot follow; turn one of them off"
+        yield Problem(f"{where}.token_warmup_step", message)
+    elif subset.captions.varies and not text.cache_caption_variants:
+        message = "its captions change at every visit (shuffle, wildcards or dropped tags): cache several variants of "
+        yield Problem(where, message + "each with --cache_caption_variants N, or do not cache text encoder outputs")
+
+
+def _gone_problems(images: ImageSets, options: OptionSet) -> Iterator[Problem]:
+    """Images of which only a cache is left can be trained from that alone."""
+    gone = [r.path for dataset in (*images.train, *images.validation) for r in dataset.records if not r.exists]
+    if gone and not options[CachingOptions].cache_latents_to_disk:
+        message = f"{len(gone)} images are gone and only their caches are left: needs --cache_latents_to_disk"
+        yield Problem(str(gone[0]), message)

@@ -10,6 +10,17 @@ from library.batch import Conditioning
 from library.strategy_base import Strategies
 
 
+def encode_with_all(
+    strategies: Strategies,
+    encoders: Sequence[nn.Module | None],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> Callable[[list[str]], Conditioning]:
+    """Texts -> conditioning by all loaded encoders, as caches hold it."""
+    source = ConditioningSource(strategies, encoders, [False] * len(encoders), None, device, autocast)
+    return lambda texts: source.encode(texts, encoders)
+
+
 class ConditioningSource:
     """Conditioning of captions: cached, encoded now, or both where only some encoders are trained.
 
@@ -44,10 +55,17 @@ class ConditioningSource:
         with self.autocast():
             return self.strategies.text_encoding.encode_tokens(tokens, encoders).to(self.device)
 
-    def get(self, captions: Sequence[str]) -> Conditioning:
-        """Conditioning of a batch; with gradients for trained encoders only."""
+    def get(self, captions: Sequence[str], found: Conditioning | None = None) -> Conditioning:
+        """Conditioning of a batch; with gradients for trained encoders only.
+
+        Args:
+            captions: texts of the batch.
+            found: what was read from cache files with the batch.
+        """
         live = [encoder if on else None for encoder, on in zip(self.encoders, self.trained)]
-        if self.cached is not None:
+        if found is not None:
+            found = found.to(self.device)
+        elif self.cached is not None:
             found = self.strategies.conditioning.collate([self.cached[caption] for caption in captions]).to(self.device)
         else:
             rest = [None if on else encoder for encoder, on in zip(self.encoders, self.trained)]

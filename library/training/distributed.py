@@ -1,7 +1,10 @@
 """Processes, devices and the sum of gradients over ranks."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 
 import torch
 from accelerate import Accelerator
@@ -54,11 +57,34 @@ class Processes:
         """Sum of a small tensor over all ranks."""
         return values if self.world_size == 1 else self.accelerator.reduce(values, "sum")
 
+    def wait_for_all(self) -> None:
+        """Until every process is here, however long that takes: the usual limit of some minutes does not hold."""
+        if self.world_size > 1:
+            torch.distributed.barrier(_patient_group())
+
     def broadcast(self, parameters: Sequence[Tensor]) -> None:
         """Give every rank the values of rank 0."""
         if self.world_size > 1:
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, src=0)
+
+
+@cache
+def _patient_group() -> torch.distributed.ProcessGroup:
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def process_is_alive(number: int) -> bool:
+    """Whether a process of this machine has this id."""
+    if os.name == "nt":  # signal 0 would end the process there
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def start_processes(mixed_precision: str, log_with: str | None, logging_dir: str | None) -> Processes:

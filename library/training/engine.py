@@ -2,15 +2,18 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from library.base.errors import UserError
 from library.base.randomness import seeded_globals
-from library.batch import StepInputs, TrainBatch
+from library.batch import Conditioning, StepInputs, TrainBatch
+from library.data.attributes import preserved
 from library.data.loader import Window
 from library.diffusion.losses import sample_losses
+from library.diffusion.process import per_sample
 from library.training.session import Session
 from library.training.state import TrainState
 
@@ -78,10 +81,19 @@ class Trainer:
     def losses(self, inputs: StepInputs) -> Tensor:
         """Per-sample losses [B]: a function of weights and inputs alone; training, validation and replay share it."""
         s = self.session
-        conditioning = s.conditioning.get(inputs.batch.captions)
+        conditioning = s.conditioning.get(inputs.batch.captions, inputs.batch.conditioning)
         with s.autocast():
             prediction = s.task.predict(inputs, conditioning)
+            if any(kept := preserved(inputs.batch.attributes)):
+                inputs = self._with_own_target(inputs, conditioning, kept)
         return sample_losses(prediction, inputs)
+
+    def _with_own_target(self, inputs: StepInputs, conditioning: Conditioning, kept: Sequence[bool]) -> StepInputs:
+        """Inputs whose target is the untrained model's prediction where an image asks for it."""
+        with torch.no_grad():
+            own = self.session.task.predict_untrained(inputs, conditioning)
+        chosen = per_sample(torch.tensor(kept, device=own.device), own)
+        return replace(inputs, target=torch.where(chosen, own.float(), inputs.target))
 
     def update(self) -> dict[str, Number] | None:
         """Step the optimizer; None when the fp16 scaler skipped it and nothing may advance."""

@@ -6,6 +6,7 @@ import torch
 
 from library.base.randomness import address
 from library.batch import StepInputs, TrainBatch
+from library.data import attributes
 from library.diffusion.noise import draw_noise, item_generators
 from library.strategy_base import DenoisingStrategy
 from library.training.latents import LatentSource
@@ -48,7 +49,8 @@ class StepAssembler:
         size = latents.shape[-2], latents.shape[-1]
         noise = draw_noise(item_generators(self.seed, f"{purpose} noise", batch.items), latents.shape[1:])
         if timestep is None:
-            timesteps, sigmas = process.sample(item_generators(self.seed, f"{purpose} time", batch.items), size)
+            generators = item_generators(self.seed, f"{purpose} time", batch.items)
+            timesteps, sigmas = process.sample(generators, size, attributes.timestep_offsets(batch.attributes))
         else:
             timesteps = torch.full((batch.size,), float(timestep))
             sigmas = process.at(timesteps)

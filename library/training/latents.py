@@ -1,6 +1,6 @@
 """Where the latents of a batch come from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from library.base.errors import UserError
 from library.base.randomness import address
 from library.batch import ItemAddress, TrainBatch
-from library.strategy_base import LatentsCachingStrategy
-
-LatentKey = tuple[int, int, bool]  # dataset, record, mirrored
+from library.options.caching import CachingOptions
+from library.strategy_base import LatentsCachingStrategy, Strategies
 
 
 class LatentEncoder:
@@ -41,6 +40,18 @@ class LatentEncoder:
         self.factor = factor
         self.sample_seed = sample_seed
         self.chunk = chunk
+
+    @classmethod
+    def for_run(cls, strategies: Strategies, vae: nn.Module, caching: CachingOptions, seed: int) -> "LatentEncoder":
+        """The encoder that a run's options ask for."""
+        return cls(
+            strategies.latents_caching,
+            vae,
+            channels=strategies.denoising.latent_channels,
+            factor=strategies.denoising.spatial_factor,
+            sample_seed=seed if caching.vae_sample else None,
+            chunk=caching.vae_batch_size,
+        )
 
     @torch.no_grad()
     def encode(self, images: Tensor, items: Sequence[ItemAddress]) -> Tensor:
@@ -73,23 +84,18 @@ def _unit_noise(seed: int, item: ItemAddress, shape: Sequence[int]) -> Tensor:
 
 
 class LatentSource:
-    """Latents of batches: from memory where they were cached, else encoded now.
+    """Latents of batches: those that were read with the batch, else encoded now.
 
     Args:
-        cached: latents of every image, or None.
-        encoder: used for what is not cached.
+        encoder: used for what is not cached; None when everything is.
     """
 
-    def __init__(self, cached: Mapping[LatentKey, Tensor] | None, encoder: LatentEncoder | None) -> None:
-        self.cached = cached
+    def __init__(self, encoder: LatentEncoder | None) -> None:
         self.encoder = encoder
 
     def get(self, batch: TrainBatch) -> Tensor:
         """[B, C, H, W] float32, as the family's cache holds them."""
         if batch.latents is not None:
             return batch.latents
-        if self.cached is not None:
-            keys = [(item.dataset, item.record, flip) for item, flip in zip(batch.items, batch.flipped)]
-            return torch.stack([self.cached[key] for key in keys])
         assert self.encoder is not None and batch.images is not None
         return self.encoder.encode(batch.images, batch.items)

@@ -3,7 +3,8 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,11 @@ def import_network_module(name: str) -> ModuleType:
     if not hasattr(module, "create_network"):
         raise UserError("--network_module", name, "has no function create_network")
     return module
+
+
+def is_ours(module: ModuleType) -> bool:
+    """Whether a network module is made with our engine, which does without text encoders that it does not train."""
+    return hasattr(module.create_network, "check_arguments")
 
 
 def parse_network_arguments(pairs: Sequence[str] | None) -> dict[str, str]:
@@ -74,6 +80,9 @@ class KohyaNetworkAdapter:
         arguments: dict[str, Any] = dict(parse_network_arguments(options.network_args))
         arguments.setdefault("dropout", options.network_dropout)
         encoders = _encoder_argument(components)
+        if options.network_train_unet_only and is_ours(module):
+            # whether text encoders are loaded depends on caches, which must not change what is drawn for the denoiser
+            encoders = [None] * len(encoders) if isinstance(encoders, list) else None
         unet, vae = components.published_denoiser, components.vae
         if options.dim_from_weights:
             if not options.network_weights:
@@ -147,6 +156,23 @@ class KohyaNetworkAdapter:
     def on_step_start(self, components: Components) -> None:
         """Called before each micro-step."""
         self._call("on_step_start", _encoder_argument(components), components.published_denoiser)
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """The network has no effect inside.
+
+        Raises:
+            UserError: the network cannot do it.
+        """
+        if not hasattr(self.network, "set_multiplier"):
+            message = f"{self.module_name} cannot be switched off while training"
+            raise UserError("diff_output_preservation", message=message)
+        strength = getattr(self.network, "multiplier", 1.0)
+        self.network.set_multiplier(0.0)
+        try:
+            yield
+        finally:
+            self.network.set_multiplier(strength)
 
     def on_gradients(self) -> None:
         """Called after the last backward of a step."""

@@ -1,18 +1,23 @@
 """Facts of a run that follow from options and data, worked out once and written nowhere else."""
 
+import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from library.base.dtypes import dtype_from_name
 from library.checkpoint.saver import Names
 from library.data.build import ImageSets
-from library.data.dataset import ReadSettings, TrainDataset
+from library.data.dataset import LatentReader, ReadSettings, TextReader, TrainDataset
+from library.data.images import parse_background
 from library.modules.components import Variant
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.data import DataOptions
+from library.options.loss import LossOptions
 from library.options.model import ModelOptions
 from library.options.precision import PrecisionOptions
 from library.options.schedule import LengthOptions
@@ -59,15 +64,41 @@ class RunPlan:
     cache_latents: bool
     cache_text: bool
 
-    def dataset(self, *, validation: bool = False) -> TrainDataset:
-        """The readable dataset of training or validation."""
-        settings = ReadSettings(
-            seed=self.seed,
-            max_steps=self.max_steps,
-            with_images=not self.cache_latents,
-            prior_loss_weight=self.options[DataOptions].prior_loss_weight,
+    def dataset(
+        self, *, validation: bool = False, latents: LatentReader | None = None, texts: TextReader | None = None
+    ) -> TrainDataset:
+        """The readable dataset of training or validation.
+
+        Args:
+            validation: which of the two.
+            latents: where cached latents come from.
+            texts: where cached text encoder outputs come from.
+        """
+        settings = read_settings(
+            self.options, seed=self.seed, max_steps=self.max_steps, with_images=not self.cache_latents
         )
-        return TrainDataset(self.images.validation if validation else self.images.train, settings)
+        images = self.images.validation if validation else self.images.train
+        return TrainDataset(images, replace(settings, latents=latents, texts=texts))
+
+
+def read_settings(options: OptionSet, *, seed: int, max_steps: int, with_images: bool) -> ReadSettings:
+    """How images and captions are read."""
+    data = options[DataOptions]
+    return ReadSettings(
+        seed=seed,
+        max_steps=max_steps,
+        with_images=with_images,
+        prior_loss_weight=data.prior_loss_weight,
+        masked_loss=options[LossOptions].masked_loss,
+        exif_transpose=data.exif_transpose,
+        background=parse_background(data.alpha_background),
+        caption_variants=_caption_variants(options),
+    )
+
+
+def _caption_variants(options: OptionSet) -> int | None:
+    text = options.get(TextCachingOptions)
+    return (text.cache_caption_variants or 1) if text is not None and text.active else None
 
 
 def training_length(length: LengthOptions, num_batches: int, window: int) -> tuple[int, int, int]:
@@ -83,10 +114,13 @@ def training_length(length: LengthOptions, num_batches: int, window: int) -> tup
     return per_epoch, steps, -(-steps // per_epoch)
 
 
-def data_workers(options: OptionSet, *, reads_images: bool) -> int:
+def data_workers(options: OptionSet, images: ImageSets) -> int:
     """Data-loader processes; none when there is nothing to decode, since the rest is quicker than a process."""
-    wanted = options[DataOptions].max_data_loader_n_workers
-    return min(wanted, os.cpu_count() or 1) if reads_images else 0
+    in_memory = wants_latent_cache(options) and not options[CachingOptions].cache_latents_to_disk
+    control = any(record.control is not None for dataset in images.train for record in dataset.records)
+    if wants_latent_cache(options) and (in_memory or not control):
+        return 0
+    return min(options[DataOptions].max_data_loader_n_workers, os.cpu_count() or 1)
 
 
 def weight_dtypes(options: OptionSet) -> tuple[torch.dtype, torch.dtype]:
@@ -94,6 +128,11 @@ def weight_dtypes(options: OptionSet) -> tuple[torch.dtype, torch.dtype]:
     dtype = dtype_from_name(options[PrecisionOptions].mixed_precision)
     assert dtype is not None
     return dtype, torch.float32 if options[ModelOptions].no_half_vae else dtype
+
+
+def autocast_context(device: torch.device, dtype: torch.dtype) -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context that models compute in."""
+    return contextlib.nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
 
 
 def wants_latent_cache(options: OptionSet) -> bool:

@@ -6,6 +6,7 @@ families); one line per micro-step in `steps.jsonl`; `meta.json`.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from library.base.errors import Problem, UserError, raise_problems
 from library.base.randomness import address
 from library.base.safetensors_io import load_file, read_header, save_file_atomic, write_text_atomic
 from library.batch import ItemAddress, StepInputs, TrainBatch
-from library.data.dataset import TrainDataset
+from library.data.dataset import TrainDataset, View
 from library.data.loader import Window
 from library.strategy_base import DenoisingStrategy
 
@@ -182,13 +183,25 @@ class Replay:
             expected = (len(items), self.denoising.latent_channels, *self._latent_size(item))
             if tuple(shape) != expected:
                 yield Problem(where, f"recorded latents are {list(shape)}, but {item.key} gives {list(expected)}")
-        weights = self._batch(line, list(items)).loss_weights.tolist()
+        weights = [self.dataset.loss_weight(item) for item in items]
         if [round(w, 6) for w in weights] != [round(w, 6) for w in line["loss_weights"]]:
             yield Problem(where, f"loss weights are {weights} with these options, {line['loss_weights']} in the record")
 
     def _batch(self, line: Mapping[str, Any], items: list[ItemAddress]) -> TrainBatch:
         flipped = line.get("flipped") or [False] * len(items)
-        return self.dataset.describe(items, list(line["captions"]), flipped, line["step"], None)
+        crops = line.get("pixel_crop") or [None] * len(items)
+        views = [self._view(item, flip, crop) for item, flip, crop in zip(items, flipped, crops)]
+        return self.dataset.describe(items, list(line["captions"]), flipped, line["step"], views)
+
+    def _view(self, item: ItemAddress, flipped: bool, crop: Sequence[int] | None) -> View:
+        """Masks and control images come from the files, cut as recorded; the images themselves are not needed."""
+        placement = self.dataset.placement(item)
+        if crop is not None:
+            placement = replace(placement, crop=(crop[0], crop[1]), resized=(crop[2], crop[3]))
+        masked = self.dataset.subset(item).alpha_mask
+        view = self.dataset.view(item, flipped, pixels=masked, placement=placement)
+        view.pixels = None
+        return view
 
     def windows(self, epoch: int, *, start: int = 0, step: int = 0) -> Iterator[Window]:
         """Recorded batches, `accumulation` per window."""

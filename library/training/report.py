@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from library.base.logs import logger
 from library.checkpoint.saver import Names
+from library.data.build import ImageSets
 from library.tracking.events import EventLog
 from library.tracking.metrics import LossAverage
 from library.tracking.plot import plot_losses
@@ -27,25 +28,7 @@ def plan_rows(plan: RunPlan, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         plan: what will be done.
         facts: further lines from the family and the task.
     """
-    rows = [("model", f"{facts.pop('family')} {plan.variant.name}")]
-    for number, images in enumerate(plan.images.train):
-        size = "x".join(map(str, images.plan.resolution))
-        kind = "buckets" if images.plan.enable_bucket else "one size"
-        rows.append((f"dataset {number}", f"{size} ({kind}), batch size {images.plan.batch_size}"))
-        for index, subset in enumerate(images.plan.subsets):
-            members = [n for n, record in enumerate(images.records) if record.subset == index]
-            captioned = sum(bool(images.records[n].caption) for n in members)
-            visits = sum(images.repeats[n] for n in members)
-            kind = ", regularization" if subset.is_reg else ""
-            text = f"{len(members)} images, {captioned} with caption, {visits} visits per epoch{kind}"
-            rows.append((f"  {subset.name}", text))
-    for number, bucket, count, loss in bucket_rows(plan.images):
-        rows.append(
-            (f"  bucket {bucket[0]}x{bucket[1]}", f"dataset {number}: {count} per epoch, {loss:.1%} cropped away")
-        )
-    held_out = sum(len(images.records) for images in plan.images.validation)
-    if held_out:
-        rows.append(("validation", f"{held_out} images kept out of training"))
+    rows = [("model", f"{facts.pop('family')} {plan.variant.name}"), *dataset_rows(plan.images)]
     per_step = f"{plan.accumulation} x {plan.world_size} process" + ("es" if plan.world_size > 1 else "")
     rows += [
         ("batches per epoch", f"{plan.num_batches}, {per_step} per optimizer step"),
@@ -54,6 +37,33 @@ def plan_rows(plan: RunPlan, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("precision", f"weights {_name(plan.dtype)}, VAE {_name(plan.vae_dtype)}"),
     ]
     return rows + [(name, str(value)) for name, value in facts.items()]
+
+
+def dataset_rows(images_of: ImageSets) -> list[tuple[str, str]]:
+    """What is trained on: subsets, buckets, and what is odd about them."""
+    rows: list[tuple[str, str]] = []
+    for number, images in enumerate(images_of.train):
+        size = "x".join(map(str, images.plan.resolution))
+        kind = "buckets" if images.plan.enable_bucket else "one size"
+        rows.append((f"dataset {number}", f"{size} ({kind}), batch size {images.plan.batch_size}"))
+        for index, subset in enumerate(images.plan.subsets):
+            members = [n for n, record in enumerate(images.records) if record.subset == index]
+            captioned = sum(bool(images.records[n].caption) for n in members)
+            visits = sum(images.repeats[n] for n in members)
+            kind = ", regularization" if subset.is_reg else ""
+            masks = sum(images.records[n].control is not None or subset.alpha_mask for n in members)
+            masked = f", {masks} with mask" if masks else ""
+            text = f"{len(members)} images, {captioned} with caption{masked}, {visits} visits per epoch{kind}"
+            rows.append((f"  {subset.name}", text))
+    for number, bucket, count, loss in bucket_rows(images_of):
+        small = count % images_of.train[number].plan.batch_size
+        tail = f", its last batch holds {small}" if small else ""
+        text = f"dataset {number}: {count} per epoch, {loss:.1%} cropped away{tail}"
+        rows.append((f"  bucket {bucket[0]}x{bucket[1]}", text))
+    held_out = sum(len(images.records) for images in images_of.validation)
+    if held_out:
+        rows.append(("validation", f"{held_out} images kept out of training"))
+    return rows
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -72,7 +72,7 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
         options[PrecisionOptions].mixed_precision, "tensorboard" if log_folder else None, log_folder
     )
     seed = _shared_seed(options[LengthOptions].seed)
-    inspected = inspect_run(family, options, seed)
+    inspected = inspect_run(family, options, seed, is_main=processes.is_main)
     plan, replay = make_plan(options, inspected, processes, seed)
     logger.info("%s", table("plan", plan_rows(plan, _facts(family, options, plan, processes))))
     if options[ConfigOptions].dry_run:
@@ -135,7 +135,7 @@ def make_plan(
         "steps_per_epoch": per_epoch,
         "max_steps": steps,
         "num_epochs": epochs,
-        "workers": data_workers(options, reads_images=not cache_latents),
+        "workers": data_workers(options, inspected.images),
         "cache_latents": cache_latents,
         "cache_text": wants_text_cache(options),
     }

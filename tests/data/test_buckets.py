@@ -45,12 +45,21 @@ def test_number_of_buckets(resolution, low, high, steps, count):
     assert len(bucketing(resolution, low, high, steps).sizes) == count
 
 
-@pytest.mark.parametrize("size", [(63, 600), (600, 63), (1, 5000), (64, 64)])
-def test_images_narrower_than_a_step_get_a_bucket(size):
+@pytest.mark.parametrize(
+    ("size", "fits"), [((63, 600), False), ((600, 63), False), ((1, 5000), False), ((64, 64), True)]
+)
+def test_images_narrower_than_a_step_are_refused_without_enlarging(size, fits):
     """The reference makes empty buckets of these, or divides by zero."""
-    place = bucketing((512, 512), 256, 1024, 64, no_upscale=True).place(size)
-    assert min(place.bucket) >= 64
-    assert place.resized[0] >= place.bucket[0] and place.resized[1] >= place.bucket[1]
+    own = bucketing((512, 512), 256, 1024, 64, no_upscale=True)
+    reason = own.refusal(size)
+    assert (reason is None) is fits
+    if fits:
+        assert min(own.place(size).bucket) >= 64
+    else:
+        assert f"{size[0]}x{size[1]}" in reason and "bucket_reso_steps" in reason
+    # with enlarging every size has a bucket
+    assert bucketing((512, 512), 256, 1024, 64).refusal(size) is None
+    assert min(bucketing((512, 512), 256, 1024, 64).place(size).bucket) >= 256
 
 
 @pytest.mark.parametrize(

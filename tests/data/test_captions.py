@@ -5,11 +5,12 @@ from random import Random
 import pytest
 
 from library.config_util import CaptionRules
-from library.data.captions import process_caption
+from library.data.captions import is_dropped, vary_caption
 
 
 def process(caption, seed=0, epoch=1, step=0, max_steps=100, **rules):
-    return process_caption(caption, CaptionRules(**rules), Random(seed), epoch=epoch, step=step, max_steps=max_steps)
+    given, rng = CaptionRules(**rules), Random(seed)
+    return "" if is_dropped(given, rng, epoch) else vary_caption(caption, given, rng, step=step, max_steps=max_steps)
 
 
 def variants(caption, count=60, **rules):
@@ -72,14 +73,15 @@ def test_warmup(step, count, given):
     assert len(text.split(", ")) == count
 
 
-def test_fixed_captions_are_known():
-    assert CaptionRules(caption_prefix="a", secondary_separator=";").is_fixed
+def test_captions_that_vary_or_are_dropped_are_known():
+    plain = CaptionRules(caption_prefix="a", secondary_separator=";")
+    assert not plain.varies and not plain.drops
     for rule in (
         {"shuffle_caption": True},
-        {"caption_dropout_rate": 0.1},
-        {"caption_dropout_every_n_epochs": 2},
         {"enable_wildcard": True},
         {"token_warmup_step": 3},
         {"caption_tag_dropout_rate": 0.1},
     ):
-        assert not CaptionRules(**rule).is_fixed
+        assert CaptionRules(**rule).varies and not CaptionRules(**rule).drops
+    for rule in ({"caption_dropout_rate": 0.1}, {"caption_dropout_every_n_epochs": 2}):
+        assert CaptionRules(**rule).drops and not CaptionRules(**rule).varies

@@ -6,6 +6,7 @@ from library.base.errors import UserError
 from library.config_util import read_config, resolve_datasets
 from library.data.build import dataset_plans, scan
 from library.data.presets import from_folder_flags
+from library.data.records import ScanRules
 
 
 def resolve(config, **command_line):
@@ -85,17 +86,76 @@ def test_limits_must_hold_the_resolution():
 def test_the_same_folder_twice(tmp_path):
     twice = [{"image_dir": str(tmp_path)}, {"image_dir": f"{tmp_path}/../{tmp_path.name}"}]
     found = problems(lambda: resolve({"datasets": [{"resolution": 64, "subsets": twice}]}))
-    assert "is the folder of subsets[0] too" in found[0]
+    assert "is the one of subsets[0] too" in found[0]
 
 
-LATER = ["color_aug", "random_crop", "alpha_mask", "cache_info", "metadata_file", "custom_attributes"]
+def test_keys_of_subsets_reach_them_from_every_level():
+    values = {
+        "color_aug": True,
+        "random_crop": True,
+        "face_crop_aug_range": [1, 3],
+        "alpha_mask": True,
+        "cache_info": True,
+        "custom_attributes": {"diff_output_preservation": True},
+        "validation_split": 1,
+        "validation_seed": 5,
+        "loss_weight": 0.5,
+    }
+    for level in ("general", "dataset", "subset"):
+        config = {"general": {}, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "a"}]}]}
+        place = {"general": config["general"], "dataset": config["datasets"][0]}
+        place.get(level, config["datasets"][0]["subsets"][0]).update(values)
+        subset = resolve(config)[0].subsets[0]
+        for name, value in values.items():
+            found = getattr(subset, name)
+            assert found == (tuple(map(float, value)) if isinstance(value, list) else value), (level, name)
 
 
-@pytest.mark.parametrize("key", LATER)
-def test_what_is_not_there_yet_is_refused(key):
-    value = {"metadata_file": "x.json", "custom_attributes": {"a": 1}}.get(key, True)
-    config = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": "a", key: value}]}]}
-    assert f"subsets[0].{key}: is not available in this version yet" in problems(lambda: resolve(config))[0]
+def test_keys_of_subsets_that_belong_there_only():
+    general = {"image_dir": "x", "metadata_file": "x", "conditioning_data_dir": "x"}
+    config = {"general": general, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "a"}]}]}
+    found = problems(lambda: resolve(config))
+    assert len(found) == 3
+    assert all("belongs to another level ([[datasets.subsets]])" in text for text in found)
+    # a flag that names a folder is not the folder of every subset of a file
+    subset = {"image_dir": "a"}
+    plan = resolve({"datasets": [{"resolution": 64, "subsets": [subset]}]}, conditioning_data_dir="x")[0]
+    assert plan.subsets[0].conditioning_data_dir is None
+
+
+def test_ranges():
+    def given(value, **command_line):
+        entry = {"image_dir": "a"} | ({} if value is None else {"face_crop_aug_range": value})
+        config = {"datasets": [{"resolution": 64, "subsets": [entry]}]}
+        return resolve(config, **command_line)[0].subsets[0].face_crop_aug_range
+
+    assert given([1, 3]) == (1.0, 3.0)
+    assert given("2.0,4.0") == (2.0, 4.0)
+    assert given(None, face_crop_aug_range="2,4") == (2.0, 4.0)
+    assert "the smaller number first" in problems(lambda: given([3, 1]))[0]
+    assert "expected two numbers" in problems(lambda: given([3]))[0]
+
+
+@pytest.mark.parametrize("level", ["general", "datasets", "subsets"])
+def test_misspelt_keys_are_named_at_every_level(level):
+    config = {"general": {}, "datasets": [{"resolution": 64, "subsets": [{"image_dir": "a"}]}]}
+    place = {"general": config["general"], "datasets": config["datasets"][0]}
+    place.get(level, config["datasets"][0]["subsets"][0])["flip_aug_"] = True
+    found = problems(lambda: resolve(config))
+    assert len(found) == 1
+    assert "flip_aug_: unknown key; did you mean flip_aug?" in found[0]
+
+
+def test_metadata_and_folders():
+    both = [{"metadata_file": "m.json", "image_dir": "a"}, {"image_dir": "a"}]
+    plan = resolve({"datasets": [{"resolution": 64, "subsets": both}]})[0]
+    assert [str(subset.metadata_file) for subset in plan.subsets] == ["m.json", "None"]
+    twice = {"datasets": [{"resolution": 64, "subsets": [{"metadata_file": "m.json"}, {"metadata_file": "./m.json"}]}]}
+    assert "is the one of subsets[0] too" in problems(lambda: resolve(twice))[0]
+    reg = {"datasets": [{"resolution": 64, "subsets": [{"metadata_file": "m.json", "is_reg": True}]}]}
+    assert "regularization images come from folders" in problems(lambda: resolve(reg))[0]
+    neither = {"datasets": [{"resolution": 64, "subsets": [{"num_repeats": 2}]}]}
+    assert "image_dir: is needed" in problems(lambda: resolve(neither))[0]
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -121,6 +181,6 @@ def test_folders_named_with_repeats(tmp_path):
 def test_step_of_the_model():
     config = {"datasets": [{"resolution": 500, "subsets": [{"image_dir": "a"}]}]}
     plans, source = dataset_plans(config, {})
-    found = problems(lambda: scan(plans, source=source, seed=0, step=64, allow_missing_captions=True))
+    found = problems(lambda: scan(plans, source=source, seed=0, step=64, rules=ScanRules(allow_missing_captions=True)))
     assert any("must be multiples of 64 for this model" in text for text in found)
     assert any("no such folder" in text for text in found)

@@ -9,6 +9,7 @@ from library.data.build import scan
 from library.data.dataset import ReadSettings, TrainDataset, balanced_repeats, split_validation
 from library.data.loader import TrainData
 from library.data.order import OrderedDataset, epoch_batches
+from library.data.records import ScanRules
 
 
 def ordered(count=23, batch_size=4, repeats=2):
@@ -51,7 +52,7 @@ def dataset(inputs):
             }
         ]
     }
-    images = scan(resolve_datasets(config, {}), source="test", seed=0, step=64, allow_missing_captions=False)
+    images = scan(resolve_datasets(config, {}), source="test", seed=0, step=64, rules=ScanRules())
     return TrainDataset(images.train, ReadSettings(seed=3, max_steps=10, with_images=False, prior_loss_weight=0.5))
 
 
@@ -117,14 +118,24 @@ def test_regularization_images_balance_the_training_images(repeats, expected):
 
 @pytest.mark.parametrize("split", [0.05, 0.2, 0.25, 0.5, 1.0])
 def test_validation_split_neither_leaks_nor_loses(split):
-    plan = subsets(("a", {}), ("b", {"is_reg": True}))
-    plan = type(plan)(**{**plan.__dict__, "validation_split": split, "validation_seed": 7})
+    shared = {"validation_split": split, "validation_seed": 7}
+    plan = subsets(("a", shared), ("b", {"is_reg": True, **shared}))
     records = [Record(0)] * 11 + [Record(1)] * 3
     train, held_out = split_validation(plan, records, seed=0)
     assert sorted(train + held_out) == list(range(14))
     assert not set(train) & set(held_out)
     assert {11, 12, 13} <= set(train)
     assert split_validation(plan, records, seed=5) == (train, held_out)
+
+
+def test_subsets_are_split_on_their_own():
+    plan = subsets(("a", {"validation_split": 1.0}), ("b", {}), ("c", {"validation_split": 0.5}))
+    records = [Record(0)] * 3 + [Record(1)] * 3 + [Record(2)] * 4
+    train, held_out = split_validation(plan, records, seed=0)
+    assert set(held_out) >= {0, 1, 2} and not set(held_out) & {3, 4, 5}
+    assert len(set(held_out) & {6, 7, 8, 9}) == 2
+    # without a seed of its own, the run's decides: the reference draws twice and leaks
+    assert any(split_validation(plan, records, seed=seed) != (train, held_out) for seed in range(1, 6))
 
 
 def test_batches_are_put_together_anew_every_epoch():

@@ -323,11 +323,12 @@ def test_two_families_in_one_process(arguments, tmp_path):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_an_image_that_breaks_while_training_is_named(arguments, inputs, tmp_path, workers):
-    """Its header is right, so only reading it shows; from a worker process too it is one line, not a traceback."""
+    """Header and end are right, so only reading it shows; from a worker process too it is one line, not a traceback."""
     folder = tmp_path / "broken"
     folder.mkdir()
     data = (inputs.folder / "data" / "img" / "cat.png").read_bytes()
-    (folder / "cat.png").write_bytes(data[: len(data) // 2])
+    middle = len(data) // 2
+    (folder / "cat.png").write_bytes(data[:middle] + bytes(2000) + data[middle + 2000 :])
     (folder / "cat.txt").write_text("a cat")
     given = arguments("--max_data_loader_n_workers", workers)
     config = tmp_path / "dataset.toml"

@@ -36,6 +36,10 @@ class TrainingTask(Protocol):
         """Prediction [B, C, H, W] for a micro-step."""
         ...
 
+    def predict_untrained(self, inputs: StepInputs, conditioning: Conditioning) -> Tensor:
+        """As `predict`, by the model as it was before training."""
+        ...
+
     def on_gradients(self) -> None:
         """Called after the last backward of a step, before clipping."""
         ...

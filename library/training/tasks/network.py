@@ -79,6 +79,11 @@ class NetworkTask:
         assert self.components.denoiser is not None
         return self.strategies.denoising.predict(self.components.denoiser, inputs, conditioning)
 
+    def predict_untrained(self, inputs: StepInputs, conditioning: Conditioning) -> Tensor:
+        """See TrainingTask."""
+        with self.adapter.silent():
+            return self.predict(inputs, conditioning)
+
     def on_gradients(self) -> None:
         """See TrainingTask."""
         self.adapter.on_gradients()
