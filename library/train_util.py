@@ -198,6 +198,15 @@ def cache(family: Family | str, options: OptionSet, *, latents: bool = False, te
     record = _family_of(family, "network")
     if record.load is None or record.identities is None:
         raise FeatureNotAvailable("--family", record.name, "its encoders are not available in this version yet")
+    if texts and record.text is None:
+        message = f"no program keeps such files for {record.title}: its text encoder is quick enough to run along"
+        raise UserError("--family", record.name, message)
+    if latents:
+        options = options.replace(CachingOptions, cache_latents_to_disk=True)
+    if texts:
+        options = options.replace(
+            TextCachingOptions, cache_text_encoder_outputs=True, cache_text_encoder_outputs_to_disk=True
+        )
     problems = [*options.problems(), *pending_problems(options, record.name), *record.missing(options, "network")]
     if options[ModelOptions].pretrained_model_name_or_path is None:
         problems.append(Problem("--pretrained_model_name_or_path", "is required: the base model"))

@@ -53,7 +53,9 @@ def face_crop(
     *,
     shift: bool,
 ) -> Placement:
-    """A crop around the face whose shorter side is between low and high times the face.
+    """A crop around the face whose shorter side is between low and high times the face, where the image allows it.
+
+    The image is enlarged only as far as is needed to cover the bucket, so a small face may stay smaller than asked.
 
     Args:
         size: of the image (width, height).
@@ -61,7 +63,8 @@ def face_crop(
         face: centre x, centre y, width, height, in pixels of the image.
         face_range: low and high.
         rng: of the visit.
-        shift: place the crop anywhere near the face instead of centring it.
+        shift: move the crop, likelier a little than far, so that it may lose the face; otherwise the face stays in
+            the middle but for a twentieth of its size.
     """
     side, largest = min(bucket), max(face[2:])
     cover = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -71,18 +74,18 @@ def face_crop(
     resized = tuple(max(int(length * scale + 0.5), kept) for length, kept in zip(size, bucket))
     length = largest * scale
     jitter = face_range[0] != face_range[1] and length > side / 10 and length >= 40
-    crop = [
+    x, y = (
         _start(resized[axis], bucket[axis], face[axis] * scale, length if jitter else 0.0, rng, shift=shift)
         for axis in (0, 1)
-    ]
-    return Placement(bucket, (resized[0], resized[1]), (crop[0], crop[1]))
+    )
+    return Placement(bucket, (resized[0], resized[1]), (x, y))
 
 
 def _start(full: int, kept: int, centre: float, face: float, rng: Random, *, shift: bool) -> int:
     """Where the crop begins on one axis."""
     start = int(centre) - kept // 2
-    if shift:  # two draws: near the face is likelier than far away
-        reach = max(full - kept, kept)
+    if shift:  # two draws: near the face is likelier than far away, and every place can be reached
+        reach = max(full - start, start)
         start += rng.randint(0, reach) + rng.randint(0, reach) - reach
     elif face:
         start += rng.randint(-int(face // 20), int(face // 20))

@@ -1,14 +1,16 @@
 """Decode, resize and cut images."""
 
-import importlib.util
+import importlib
 import os
+import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from library.base.errors import UserError
 from library.data.buckets import Placement
@@ -18,9 +20,29 @@ _ALWAYS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _OPTIONAL = {".avif": "pillow>=11.3", ".jxl": "pillow-jxl-plugin"}
 _MAX_PIXELS = 500_000_000
 _ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {  # orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ACROSS = (5, 6, 7, 8)  # of these, those that make width height
 _TAIL = 64 * 1024  # bytes at a file's end in which its end mark is looked for
 _COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "gray": (128, 128, 128)}
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_TURNED_ALREADY = ("JXL", "TIFF")  # formats that Pillow turns while it decodes, whatever their EXIF data goes on saying
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_REMEDY = "repair or remove it, or pass --skip_bad_images to leave it out"
+_DAMAGED_EXIF = (OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error)
 
 
 @cache
@@ -37,82 +59,107 @@ def extensions() -> tuple[str, ...]:
 
 
 def _reads_avif() -> bool:
-    if features.check("avif"):
-        return True
-    if importlib.util.find_spec("pillow_avif") is None:
-        return False
-    importlib.import_module("pillow_avif")  # registers itself
-    return True
+    return features.check("avif") or _registers("pillow_avif")
 
 
 def _reads_jxl() -> bool:
-    if importlib.util.find_spec("pillow_jxl") is None:
+    return _registers("pillow_jxl")
+
+
+def _registers(plugin: str) -> bool:
+    """Whether a plugin of Pillow can be imported; it registers itself when it is."""
+    try:
+        importlib.import_module(plugin)
+    except ImportError:
         return False
-    importlib.import_module("pillow_jxl")  # registers itself
     return True
+
+
+@cache
+def _prepare() -> None:
+    """Make Pillow read every format and large images: once in each process, when its first image is opened."""
+    extensions()
+    # Pillow warns above 89 megapixels, which scans and stitched photographs reach, and refuses twice that. It has no
+    # limit per call, so its own is raised; another one that is higher, or None, was set on purpose and stays
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, _MAX_PIXELS)
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    """An image file, its plugins registered, up to the size limit."""
-    extensions()
-    # Pillow's own limit, 89 megapixels, is one that photographs reach; it refuses above twice this number
-    Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2
+    """An image file whose header has been read, up to the size limit."""
+    _prepare()
     with Image.open(path) as image:
+        if image.width * image.height > _MAX_PIXELS:
+            raise Image.DecompressionBombError
         yield image
 
 
 def _reason(path: Path, error: BaseException) -> str:
     """Why a file cannot be read, in words."""
-    if isinstance(error, UnidentifiedImageError):
-        return "is not an image, whatever its name says"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"is larger than {_MAX_PIXELS // 1_000_000} megapixels; make it smaller"
-    if isinstance(error, IsADirectoryError) or path.is_dir():
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"is larger than the limit of {_MAX_PIXELS // 1_000_000} megapixels: make it smaller"
+    if path.is_dir():
         return "is a folder"
+    if isinstance(error, UnidentifiedImageError):
+        if path.stat().st_size == 0:
+            return "is empty (zero bytes)"
+        return "is not an image, whatever its name says"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
     return f"cannot be read: {error}"
 
 
-def _turned(image: Image.Image) -> bool:
-    """Whether EXIF data says that width and height change places."""
-    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+def _orientation(image: Image.Image) -> int:
+    """What EXIF data says of the image's orientation: 1 for upright, up to 8; from the header alone.
+
+    Damaged EXIF data says nothing: the pixels are sound, and no reason to refuse the image.
+    """
+    if image.format in _TURNED_ALREADY and not getattr(image, "jpeg", False):  # a JPEG inside JXL is left as it was
+        return 1
+    try:
+        # not the method of PNG files: that one decodes the whole image to look for EXIF data behind the pixels
+        value = Image.Image.getexif(image).get(_ORIENTATION)
+    except _DAMAGED_EXIF:
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def read_size(path: Path, *, exif_transpose: bool = False) -> tuple[int, int]:
-    """(width, height) from the header; with `exif_transpose` those of the turned image.
+    """(width, height) in pixels from the header; with `exif_transpose` those of the turned image.
 
     Raises:
-        ValueError: what is wrong with the file.
+        ValueError: what is wrong with the file, without its name.
     """
     try:
-        if path.is_file() and path.stat().st_size == 0:
-            raise ValueError("is empty (zero bytes)")
         with _open(path) as image:
-            return image.size[::-1] if exif_transpose and _turned(image) else image.size
+            return image.size[::-1] if exif_transpose and _orientation(image) in _ACROSS else image.size
     except _UNREADABLE as error:
-        if isinstance(error, ValueError) and str(error).startswith("is empty"):
-            raise
         raise ValueError(_reason(path, error)) from error
 
 
 def has_rotation(path: Path) -> bool:
-    """Whether EXIF data says that the image has to be turned or mirrored."""
+    """Whether EXIF data says that the image has to be turned or mirrored; False for a file that cannot be read."""
     try:
         with _open(path) as image:
-            return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            return _orientation(image) in _TURNS
     except _UNREADABLE:
         return False
 
 
 def looks_truncated(path: Path) -> bool:
-    """Whether the file's end is missing; a suspicion from its last bytes is confirmed by decoding it."""
+    """Whether the file's end is missing; a suspicion from its last bytes is confirmed by decoding it.
+
+    Formats without a cheap mark of their end, and files that are no images, are not suspected.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    if _has_end(path):
+        return False
     try:
-        if _has_end(path):
-            return False
         decode(path)
-    except (OSError, UserError):
+    except UserError:
         return True
     return False
 
@@ -127,7 +174,8 @@ def _has_end(path: Path) -> bool:
     if head.startswith(b"\x89PNG"):
         return b"IEND" in tail
     if head.startswith(b"\xff\xd8"):
-        return b"\xff\xd9" in tail
+        # at the very end, but for padding: the tail of a small file may hold that of the thumbnail in its header
+        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
     if head[:4] == b"RIFF":
         return int.from_bytes(head[4:8], "little") + 8 <= size
     if head[:2] == b"BM":
@@ -145,12 +193,9 @@ def parse_background(text: str | None) -> tuple[int, int, int] | None:
         return None
     if text in _COLOURS:
         return _COLOURS[text]
-    if len(text) == 7 and text.startswith("#"):
-        try:
-            return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
-        except ValueError:
-            pass
-    raise ValueError(f"expected {', '.join(_COLOURS)} or #rrggbb")
+    if re.fullmatch("#[0-9a-fA-F]{6}", text):
+        return int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
+    raise ValueError(f"expected keep, {', '.join(_COLOURS)} or #rrggbb")
 
 
 def decode(
@@ -160,7 +205,7 @@ def decode(
     exif_transpose: bool = False,
     background: tuple[int, int, int] | None = None,
 ) -> np.ndarray:
-    """An image file as [h, w, 3] uint8, or with `alpha` [h, w, 4].
+    """An image file as [h, w, 3] uint8 in RGB, or with `alpha` [h, w, 4].
 
     Args:
         path: the file; of several frames the first counts.
@@ -173,15 +218,17 @@ def decode(
     """
     try:
         with _open(path) as image:
+            # from the header, as `read_size` does: after loading there may be more EXIF data than before
+            turn = _TURNS.get(_orientation(image)) if exif_transpose else None
             image.load()
             converted = _eight_bit(image)
-            if exif_transpose:
-                converted = ImageOps.exif_transpose(converted)
+            if turn is not None:
+                converted = converted.transpose(turn)
             transparent = converted.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in converted.info
             pixels = np.asarray(converted.convert("RGBA" if transparent else "RGB"))
     except _UNREADABLE as error:
         reason = _reason(path, error).replace("cannot be read", "cannot be decoded")
-        raise UserError(str(path), message=reason) from error
+        raise UserError(str(path), message=f"{reason}; {_REMEDY}") from error
     if pixels.shape[2] == 4 and background is not None:
         pixels = np.concatenate((_composed(pixels, background), pixels[..., 3:]), axis=2)
     if alpha and pixels.shape[2] == 3:
@@ -190,17 +237,19 @@ def decode(
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Greyscale of more than 8 bits scaled to 8: converting it directly would cut everything above 255 to white."""
-    if not (image.mode.startswith("I") or image.mode == "F"):
+    """Greyscale of more than 8 bits scaled to 8: converting it directly would cut everything above 255 to white.
+
+    Whole numbers range to 65535; numbers with a fraction to 1, or to 255 where one is above 1.
+    """
+    if image.mode.startswith("I"):
+        # 65535 -> 255; adding half of the odd divisor rounds to the nearest
+        values = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        values = (values * (255 if values.max(initial=0) <= 1 else 1) + 0.5).clip(0, 255)
+    else:
         return image
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        values = values * (255 if values.max(initial=0) <= 1 else 1)
-    elif image.mode.startswith("I;16") or values.max(initial=0) > 255:
-        values = values / 257  # 65535 -> 255
-    scaled = Image.fromarray((values + 0.5).clip(0, 255).astype(np.uint8))
-    scaled.info = {key: value for key, value in image.info.items() if key == "exif"}
-    return scaled
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _composed(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
@@ -211,9 +260,10 @@ def _composed(pixels: np.ndarray, background: tuple[int, int, int]) -> np.ndarra
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str | None) -> np.ndarray:
-    """Resize [h, w], [h, w, 3] or [h, w, 4] to (width, height); without a name: area where no side grows, else lanczos.
+    """Resize [h, w], [h, w, 3] or [h, w, 4] uint8 to (width, height).
 
-    Colour and alpha are resized apart, so that the colours do not depend on whether alpha is there.
+    Without a name of an interpolation: area where no side grows, else lanczos. Colour and alpha are resized apart, so
+    that the colours do not depend on whether alpha is there.
     """
     height, width = pixels.shape[:2]
     if (width, height) == size:

@@ -8,7 +8,7 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.base.dtypes import dtype_from_name
 from library.base.errors import UserError

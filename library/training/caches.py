@@ -86,8 +86,8 @@ class DiskCaches:
     def _text_files(self) -> TextFiles:
         setting, spec = self.setting, self.setting.family.text
         if spec is None:
-            message = f"there are no such files for {setting.family.title}; --cache_text_encoder_outputs keeps them "
-            raise UserError("--cache_text_encoder_outputs_to_disk", message=message + "in memory")
+            message = f"no program keeps such files for {setting.family.title}; --cache_text_encoder_outputs keeps "
+            raise UserError("--cache_text_encoder_outputs_to_disk", message=message + "them in memory")
         packer = setting.strategies.text_outputs_caching
         layout = TextLayout(
             suffix=spec.cache_suffix, arrays=spec.arrays, flags=packer.flags, format=setting.caching.cache_format
@@ -152,8 +152,8 @@ class DiskCaches:
                     world_size=processes.world_size,
                     show_progress=processes.is_main,
                 )
-        processes.wait_for_all()
-        for files in self.latents or ():
+            # before the next: it may add to the same files
+            processes.wait_for_all()
             files.survey(show_progress=False)
 
     def fill_texts(self, encode: Encode | None, batch_size: int) -> None:

@@ -8,7 +8,7 @@ from library.base.logs import logger
 from library.data.dataset import TrainDataset
 from library.family import Family
 from library.modules.components import Components, Need
-from library.options.caching import CachingOptions, TextCachingOptions
+from library.options.caching import TextCachingOptions
 from library.options.precision import PrecisionOptions
 from library.options.schedule import LengthOptions
 from library.options.schema import OptionSet
@@ -41,17 +41,13 @@ def run_caching(family: Family, options: OptionSet, *, latents: bool, texts: boo
 
     Args:
         family: of the model.
-        options: of the run.
+        options: of the run; those of what is kept on disk are on.
         latents: keep latents on disk.
         texts: keep text encoder outputs on disk.
 
     Raises:
         UserError: everything that is wrong and can be known before weights load, or a failure that has a remedy.
     """
-    if latents:
-        options = options.replace(CachingOptions, cache_latents_to_disk=True)
-    if texts:
-        options = options.replace(TextCachingOptions, cache_text_encoder_outputs_to_disk=True)
     processes = start_processes(options[PrecisionOptions].mixed_precision, None, None)
     seed = options[LengthOptions].seed or 0
     inspected, problems = inspect_data(family, options, seed, is_main=processes.is_main)
