@@ -10,6 +10,7 @@ from typing import Any
 
 from library.base.hashes import model_hashes
 from library.base.logs import logger
+from library.config_util import SubsetPlan
 from library.data.dataset import ImageSet
 from library.options.schema import OptionSet
 
@@ -121,6 +122,7 @@ def training_metadata(options: OptionSet, facts: TrainingFacts, family_keys: Seq
     entries: dict[str, Any] = {f"ss_{name}": given.get(name) for name in (*_AS_GIVEN, *family_keys)}
     rates = given.get("text_encoder_lr")
     entries |= {
+        "ss_cache_latents": bool(given.get("cache_latents") or given.get("cache_latents_to_disk")),
         "ss_text_encoder_lr": rates[0] if rates and len(rates) == 1 else rates,
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
@@ -202,7 +204,7 @@ def _describe(images: ImageSet, tags: Mapping[str, Mapping[str, int]]) -> dict[s
             "mean_img_ar_error": sum(errors) / len(errors),
         }
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(subset.metadata_file for subset in plan.subsets),
         "batch_size_per_device": plan.batch_size,
         "num_train_images": images.num_train_images,
         "num_reg_images": images.num_reg_images,
@@ -232,15 +234,20 @@ def _describe_subset(images: ImageSet, index: int) -> dict[str, Any]:
     return {
         "img_count": _count(images, index),
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
+        "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,
-        "random_crop": False,
+        "random_crop": subset.random_crop,
         **{name: rules[name] for name in names},
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": subset.name,
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        **_origin(subset),
     }
+
+
+def _origin(subset: SubsetPlan) -> dict[str, Any]:
+    """Where the images come from; no full paths, which would tell of the user's machine."""
+    if subset.metadata_file is not None:
+        return {"metadata_file": subset.metadata_file.name}
+    return {"image_dir": subset.name, "class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
 
 
 class ModelHashes:

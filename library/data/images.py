@@ -98,7 +98,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def _reason(path: Path, error: BaseException) -> str:
     """Why a file cannot be read, in words."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"is larger than the limit of {_MAX_PIXELS // 1_000_000} megapixels: make it smaller"
+        return f"is larger than {_MAX_PIXELS // 1_000_000} megapixels: make it smaller"
     if path.is_dir():
         return "is a folder"
     if isinstance(error, UnidentifiedImageError):
@@ -107,7 +107,9 @@ def _reason(path: Path, error: BaseException) -> str:
         return "is not an image, whatever its name says"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
-    return f"cannot be read: {error}"
+    if isinstance(error, RuntimeError):  # from inside a decoder, whose words (advice to build it anew) mislead
+        return "cannot be read: its data is damaged"
+    return f"cannot be read: {' '.join(str(error).split())}"
 
 
 def _orientation(image: Image.Image) -> int:

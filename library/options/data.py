@@ -13,6 +13,9 @@ from library.options.ranges import at_least
 from library.options.schema import option
 
 
+_COLOUR = re.compile("white|black|grey|gray|keep|#[0-9a-fA-F]{6}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Data: images, captions files and batches."""
@@ -45,6 +48,8 @@ class DataOptions:
         yield from at_least(
             0, max_data_loader_n_workers=self.max_data_loader_n_workers, prior_loss_weight=self.prior_loss_weight
         )
+        if self.alpha_background is not None and not _COLOUR.fullmatch(self.alpha_background):
+            yield Problem("--alpha_background", "expected white, black, grey or #rrggbb", self.alpha_background)
 
 
 @dataclass(frozen=True, kw_only=True)

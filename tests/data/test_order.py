@@ -143,3 +143,54 @@ def test_batches_are_put_together_anew_every_epoch():
     data = OrderedDataset([f"{n}.png" for n in range(12)], [0] * 12, [1] * 12, [(64, 64)] * 12, 3)
     groups = [{frozenset(item.key for item in batch) for batch in epoch_batches([data], 1, epoch)} for epoch in (1, 2)]
     assert groups[0] != groups[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_image_is_seen_exactly_as_often_as_asked(inputs, workers, ranks):
+    """With worker processes the reference repeats some images and misses others in every epoch."""
+    base = inputs.folder / "data"
+    for batch_size in (3,) if workers else (1, 2, 3, 4, 7, 100):
+        config = {
+            "datasets": [
+                {
+                    "resolution": size,
+                    "batch_size": batch_size,
+                    "enable_bucket": True,
+                    "min_bucket_reso": 64,
+                    "max_bucket_reso": 256,
+                    "caption_extension": ".txt",
+                    "subsets": [
+                        {"image_dir": str(base / "img"), "num_repeats": 3},
+                        {"image_dir": str(base / "alpha"), "num_repeats": 2},
+                    ],
+                }
+                for size in (64, 128)
+            ]
+        }
+        images = scan(resolve_datasets(config, {}), source="test", seed=0, step=64, rules=ScanRules())
+        settings = ReadSettings(seed=3, max_steps=10, with_images=False)
+        datas = [
+            TrainData(
+                TrainDataset(images.train, settings), accumulation=2, world_size=ranks, rank=rank, workers=workers
+            )
+            for rank in range(ranks)
+        ]
+        for epoch in (1, 2):
+            seen = Counter()
+            for data in datas:
+                for window in data.windows(epoch):
+                    for batch in window.batches:
+                        seen.update((item.dataset, item.subset, item.key) for item in batch.items)
+            assert len(seen) == 2 * (10 + 4)
+            assert all(count == (3 if subset == 0 else 2) for (_, subset, _), count in seen.items())
+
+
+def test_the_order_does_not_depend_on_what_was_read_before(dataset):
+    """A function of seed and epoch alone."""
+    data = TrainData(dataset, accumulation=1)
+    straight = {epoch: collect(data, epoch) for epoch in (1, 2, 3)}
+    other = TrainData(dataset, accumulation=1)
+    assert collect(other, 3) == straight[3]
+    assert collect(other, 1) == straight[1]
+    assert straight[1] != straight[2] != straight[3]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from library import config_util
 from library.config_util import read_config, resolve_datasets
 from library.families import FAMILIES
 from library.options import pending
-from library.train_util import find_problems, load_family, make_parser, parse_options
-from tools import compare_steps
+from library.train_util import _cache_command_line, cache_parser, find_problems, load_family, make_parser, parse_options
+from tools import compare_steps, dataset_report
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/golden/README.md")
@@ -53,6 +54,10 @@ def test_commands_parse(page, words):
             SCRIPTS[script], "network", [str(ROOT / a) if a.startswith("configs/") else a for a in arguments]
         )
         assert find_problems(SCRIPTS[script], "network", options) == []
+    elif script.startswith("tools/cache_"):
+        _cache_command_line("flux").parse(arguments)
+    elif script == "tools/dataset_report.py":
+        dataset_report.setup_parser().parse_args(arguments)
     elif script == "tools/compare_steps.py":
         compare_steps.setup_parser().parse_args(arguments)
     elif script == "quickstart.py":
@@ -106,6 +111,14 @@ def test_network_arguments_are_listed(name):
     assert shown == known
 
 
+def test_keys_of_datasets_are_listed_with_their_levels():
+    text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(\w+)` \| ((?:[GDS] ?)+)\|", text, re.M))
+    assert {name: levels.replace(" ", "") for name, levels in shown.items()} == {
+        name: key.levels for name, key in config_util._ALL.items()
+    }
+
+
 def flags_of_section(title):
     text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
@@ -128,6 +141,7 @@ def test_flags_in_the_documentation_exist():
     for family in FAMILIES:
         for task in load_family(family).tasks:
             known |= {flag for action in make_parser(family, task)._actions for flag in action.option_strings}
+    known |= {flag for action in cache_parser()._actions for flag in action.option_strings}
     known |= {
         f"--{name}"
         for name in ("w", "h", "d", "s", "l", "g", "n", "ss", "num_processes", "plot", "check", "help", "torch")

@@ -22,8 +22,6 @@ def replayed(request, inputs, tmp_path_factory):
     case = Case(request.param)
     work = tmp_path_factory.mktemp(case.name)
     script, arguments = case.script_and_arguments(inputs, work)
-    # the record was made with files; what was trained on is the same from memory
-    arguments = [argument for argument in arguments if argument != "--cache_latents_to_disk"]
     run_training(FAMILY_OF[script], arguments)
     return case, work
 

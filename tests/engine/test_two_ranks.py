@@ -61,3 +61,34 @@ def test_two_ranks_equal_accumulation_two(family, inputs, tmp_path):
     a, b = runs["one"][3], runs["two"][3]
     error = sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
     assert error <= 1e-3 * sum(float(a[name].square().sum()) for name in a if "lora_up" in name) ** 0.5
+
+
+SEEDS_AND_WAITING = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from datetime import timedelta
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from library.training.distributed import Processes
+from library.training.run import _shared_seed
+accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
+processes = Processes(accelerator)
+print(f"seed {_shared_seed(None)}", flush=True)
+processes.wait_for_all()
+if processes.rank == 1:
+    time.sleep(6)
+processes.wait_for_all()
+print(f"rank {processes.rank} arrived", flush=True)
+"""
+
+
+@pytest.mark.dist
+def test_ranks_share_a_drawn_seed_and_wait_longer_than_a_collective_may(tmp_path):
+    """Otherwise each has an order of its own, and caching a large folder ends in a time-out."""
+    script = tmp_path / "script.py"
+    script.write_text(SEEDS_AND_WAITING)
+    done = launch(script, [str(ROOT)], 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seeds = {line for line in done.stdout.splitlines() if line.startswith("seed")}
+    assert len(seeds) == 1
+    assert {"rank 0 arrived", "rank 1 arrived"} <= set(done.stdout.splitlines())

@@ -218,7 +218,12 @@ def test_no_effect_is_one_warning(family, values, expected, caplog):
             {"cache_text_encoder_outputs": True, "network_train_unet_only": True, "shuffle_caption": True},
             "--shuffle_caption",
         ),
-        ("flux", {"cache_text_encoder_outputs": True, "caption_dropout_rate": 0.1}, "--caption_dropout_rate"),
+        ("flux", {"cache_text_encoder_outputs": True, "token_warmup_step": 5}, "--token_warmup_step"),
+        ("flux", {"cache_caption_variants": 3}, "--cache_caption_variants"),
+        ("flux", {"cache_text_encoder_outputs": True, "cache_caption_variants": 0}, "--cache_caption_variants"),
+        ("sd", {"cache_latents": True, "face_crop_aug_range": "1,2"}, "--face_crop_aug_range"),
+        ("sd", {"verify_caches": True, "skip_cache_check": True}, "--verify_caches"),
+        ("sd", {"alpha_background": "#12"}, "--alpha_background"),
         (
             "flux",
             {"cache_text_encoder_outputs": True, "network_args": ["train_t5xxl=True"]},
@@ -252,6 +257,8 @@ def test_contradictions(family, values, where):
     ("family", "values"),
     [
         ("sd", {"cache_text_encoder_outputs": True, "network_train_unet_only": True}),
+        ("flux", {"cache_text_encoder_outputs": True, "caption_dropout_rate": 0.1}),
+        ("flux", {"cache_text_encoder_outputs": True, "shuffle_caption": True, "cache_caption_variants": 2}),
         ("flux", {"cache_text_encoder_outputs": True}),  # CLIP is trained and encoded again, T5 is cached
         ("flux", {"cache_text_encoder_outputs": True, "network_args": ["train_t5xxl=False"]}),
         ("flux", {"bucket_reso_steps": 16, "timestep_sampling": "flux_shift", "weighting_scheme": "logit_normal"}),
