@@ -69,7 +69,9 @@ def main() -> None:
     print(f"np.load, as the reference:  {results['numpy']:6.2f} ms")
     state = "met" if results["npz"] < TARGET else "MISSED"
     ratio = results["numpy"] / results["npz"]
-    print(f"ours, .npz:                 {results['npz']:6.2f} ms ({ratio:.1f} x faster); target {TARGET:.0f} ms: {state}")
+    print(
+        f"ours, .npz:                 {results['npz']:6.2f} ms ({ratio:.1f} x faster); target {TARGET:.0f} ms: {state}"
+    )
     print(f"ours, .safetensors:         {results['safetensors']:6.2f} ms (mapped; read when it is used)")
 
 

@@ -100,7 +100,9 @@ def main() -> None:
     print(f"VAE alone (floor):                    {encoder.seconds / COUNT * 1000:6.1f} ms per image")
     print(f"caching to disk, everything together: {taken / COUNT * 1000:6.1f} ms per image")
     state = "met" if beyond < TARGET else "MISSED"
-    print(f"beyond the VAE:                       {beyond * 1000:6.1f} ms per image; target {TARGET * 1000:.0f} ms: {state}")
+    print(
+        f"beyond the VAE:                       {beyond * 1000:6.1f} ms per image; target {TARGET * 1000:.0f} ms: {state}"
+    )
     print(f"looking at {COUNT} complete caches: {looked * 1000:.0f} ms; reading one: {read * 1000:.2f} ms")
 
 

@@ -30,6 +30,19 @@ def inputs(tmp_path_factory) -> Inputs:
 
 
 @pytest.fixture
+def without_jxl(monkeypatch):
+    """As if the optional package for JPEG XL were not installed."""
+    from library.data import images
+
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)  # what makes an import fail
+    for remembered in (images.optional_formats, images.extensions):
+        remembered.cache_clear()
+    yield
+    for remembered in (images.optional_formats, images.extensions):
+        remembered.cache_clear()
+
+
+@pytest.fixture
 def messages(caplog):
     """What the program said, as a list of texts."""
     logger = logging.getLogger("diffusion_scripts")

@@ -211,6 +211,7 @@ def _others(path: Path, key: str) -> dict[str, Tensor]:
         return {}
     try:
         with CacheFile(path) as file:
-            return {name: file.read(name) for name in file.shapes if not name.endswith(key)}
+            # copies: some systems cannot replace a file that is still mapped
+            return {name: file.read(name).clone() for name in file.shapes if not name.endswith(key)}
     except CacheDamaged:
         return {}

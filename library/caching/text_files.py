@@ -159,11 +159,8 @@ def _kept(path: Path, layout: TextLayout, request: TextRequest, texts: Sequence[
         return {}
     try:
         with CacheFile(path) as file:
-            names = [*layout.arrays, "caption", "recipe"]
-            return {
-                f"{name}{request.key(text)}": file.read(f"{name}{request.key(text)}")
-                for text in texts
-                for name in names
-            }
+            names = [f"{name}{request.key(text)}" for text in texts for name in (*layout.arrays, "caption", "recipe")]
+            # copies: some systems cannot replace a file that is still mapped
+            return {name: file.read(name).clone() for name in names}
     except (CacheDamaged, KeyError):
         return {}

@@ -109,11 +109,11 @@ def _reason(path: Path, error: BaseException) -> str:
         return f"cannot be read: {error.strerror}"
     if isinstance(error, RuntimeError):  # from inside a decoder, whose words (advice to build it anew) mislead
         return "cannot be read: its data is damaged"
-    return f"cannot be read: {' '.join(str(error).split())}"
+    return f"cannot be read: {error}"
 
 
 def _orientation(image: Image.Image) -> int:
-    """What EXIF data says of the image's orientation: 1 for upright, up to 8; from the header alone.
+    """What EXIF data says of the image's orientation, from the header alone; all but the keys of `_TURNS` are upright.
 
     Damaged EXIF data says nothing: the pixels are sound, and no reason to refuse the image.
     """
@@ -124,7 +124,7 @@ def _orientation(image: Image.Image) -> int:
         value = Image.Image.getexif(image).get(_ORIENTATION)
     except _DAMAGED_EXIF:
         return 1
-    return value if isinstance(value, int) and value in _TURNS else 1
+    return value if isinstance(value, int) else 1
 
 
 def read_size(path: Path, *, exif_transpose: bool = False) -> tuple[int, int]:

@@ -125,7 +125,7 @@ def test_global_generators_are_left_alone(folder):
 
 
 def test_images_without_buckets_of_any_size(folder):
-    """There the size must be right unless latents are cached, and a mirrored one says its left edge was at the right."""
+    """There the size must be right unless latents are cached, and a mirrored one has its left edge at the right."""
     data = build(folder, enable_bucket=False, flip_aug=True)
     seen = {}
     for epoch in range(1, 9):

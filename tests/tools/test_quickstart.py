@@ -11,6 +11,7 @@ import quickstart
 from library.config_util import read_config, resolve_datasets
 from library.data.buckets import Bucketing
 from library.data.build import scan
+from library.data.records import ScanRules
 from library.train_util import find_problems, parse_options
 from tools import quickstart_assets
 
@@ -50,7 +51,7 @@ def mark(extras, torch="auto", index=None):
 
 def test_the_held_out_pictures_are_not_trained_on_in_other_crops(assets):
     plans = resolve_datasets(read_config(assets / "dataset.toml"), {})
-    sets = scan(plans, source="dataset.toml", seed=1, step=16, allow_missing_captions=False)
+    sets = scan(plans, source="dataset.toml", seed=1, step=16, rules=ScanRules())
     (train,), (held,) = (
         [{Path(record.key).stem.rsplit("_", 1)[0] for record in images.records} for images in which]
         for which in (sets.train, sets.validation)
