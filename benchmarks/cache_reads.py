@@ -33,9 +33,9 @@ def milliseconds(read: Callable[[Path], object], paths: list[Path]) -> float:
 
 
 def main() -> None:
+    from library.base.lazy import resolve
     from library.caching.text_files import TextLayout, TextRequest, read_text, write_text
     from library.families import FAMILIES
-    from library.base.lazy import resolve
 
     torch.set_num_threads(1)
     spec = resolve(FAMILIES["flux"]).text

@@ -12,7 +12,6 @@ from library.base.errors import Problem
 from library.options.ranges import at_least
 from library.options.schema import option
 
-
 _COLOUR = re.compile("white|black|grey|gray|keep|#[0-9a-fA-F]{6}")
 
 

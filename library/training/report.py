@@ -13,6 +13,7 @@ from tqdm import tqdm
 from library.base.logs import logger
 from library.checkpoint.saver import Names
 from library.data.build import ImageSets
+from library.data.report import dataset_findings
 from library.tracking.events import EventLog
 from library.tracking.metrics import LossAverage
 from library.tracking.plot import plot_losses
@@ -56,14 +57,12 @@ def dataset_rows(images_of: ImageSets) -> list[tuple[str, str]]:
             text = f"{len(members)} images, {captioned} with caption{masked}, {visits} visits per epoch{kind}"
             rows.append((f"  {subset.name}", text))
     for number, bucket, count, loss in bucket_rows(images_of):
-        small = count % images_of.train[number].plan.batch_size
-        tail = f", its last batch holds {small}" if small else ""
-        text = f"dataset {number}: {count} per epoch, {loss:.1%} cropped away{tail}"
+        text = f"dataset {number}: {count} per epoch, {loss:.1%} cropped away"
         rows.append((f"  bucket {bucket[0]}x{bucket[1]}", text))
     held_out = sum(len(images.records) for images in images_of.validation)
     if held_out:
         rows.append(("validation", f"{held_out} images kept out of training"))
-    return rows
+    return rows + [("look at", finding.message) for finding in dataset_findings(images_of.train)]
 
 
 def _name(dtype: torch.dtype) -> str:

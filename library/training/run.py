@@ -11,9 +11,12 @@ from accelerate.utils import broadcast_object_list
 
 from library.base.logs import logger
 from library.checkpoint.saver import Names
+from library.data.sheets import debug_lines, debug_sheets
 from library.family import Family
 from library.optim.schedulers import build_schedule
+from library.options.caching import CachingOptions
 from library.options.config import ConfigOptions
+from library.options.data import DataOptions
 from library.options.debug import RecordOptions
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
@@ -25,6 +28,7 @@ from library.options.schema import OptionSet
 from library.options.tracking import TrackingOptions
 from library.tracking.events import EventLog
 from library.training.build import Setting, build_session
+from library.training.caches import keeps_texts_on_disk
 from library.training.checks import Inspected, inspect_run
 from library.training.distributed import Processes, start_processes
 from library.training.engine import Trainer
@@ -75,6 +79,9 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
     inspected = inspect_run(family, options, seed, is_main=processes.is_main)
     plan, replay = make_plan(options, inspected, processes, seed)
     logger.info("%s", table("plan", plan_rows(plan, _facts(family, options, plan, processes))))
+    if options[DataOptions].debug_dataset:
+        show_dataset(plan, is_main=processes.is_main)
+        return TrainResult(None)
     if options[ConfigOptions].dry_run:
         logger.info("--dry_run: stopped before training")
         return TrainResult(None)
@@ -94,6 +101,18 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
         accelerator.end_training()
     progress = session.progress
     return TrainResult(state, saved, tuple(progress.losses), tuple(progress.validation))
+
+
+def show_dataset(plan: RunPlan, *, is_main: bool) -> None:
+    """What `--debug_dataset` shows instead of training: the first visits as lines, contact sheets of each bucket."""
+    if not is_main:
+        return
+    settings = plan.dataset().settings
+    for line in debug_lines(plan.images.train, settings):
+        logger.info("%s", line)
+    paths = debug_sheets(plan.images.train, settings, plan.names.folder, plan.names.base or "last")
+    logger.info("contact sheets: %s", ", ".join(map(str, paths)))
+    logger.info("--debug_dataset: stopped before training")
 
 
 def finish(session: Session, saved: tuple[Path, ...]) -> None:
@@ -190,7 +209,14 @@ def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Process
         "unet_lr": network.unet_lr,
         "text_encoder_lr": network.text_encoder_lr,
     }
-    caches = [name for name, on in (("latents", plan.cache_latents), ("text", plan.cache_text)) if on]
+    caches = [
+        f"{name} {'on disk' if disk else 'in memory'}"
+        for name, on, disk in (
+            ("latents", plan.cache_latents, options[CachingOptions].cache_latents_to_disk),
+            ("text", plan.cache_text, keeps_texts_on_disk(options)),
+        )
+        if on
+    ]
     free = available_bytes(processes.device)
     trained = "denoiser" if network.network_train_unet_only else "denoiser and text encoders"
     return {
@@ -200,7 +226,7 @@ def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Process
         "optimizer": optimizer.optimizer_type or "AdamW",
         "rates": ", ".join(f"{name} {value}" for name, value in rates.items() if value not in (None, [])),
         "schedule": f"{options[ScheduleOptions].lr_scheduler}, warm-up {options[ScheduleOptions].lr_warmup_steps}",
-        "in memory": ", ".join(caches) or "nothing cached",
+        "caches": ", ".join(caches) or "none",
         "checkpointing": "on" if options[MemoryOptions].gradient_checkpointing else "off",
         "memory": _memory_estimate(plan, free),
         "device": f"{processes.device}" + (f", {readable(free)} free" if free else ""),

@@ -52,6 +52,16 @@ def test_no_name_gives_the_customary_ones(arguments, tmp_path):
     assert {"at-step00000002.safetensors", "last.safetensors"} <= set(names(tmp_path / "out"))
 
 
+def test_the_dataset_is_shown_instead_of_trained(arguments, tmp_path, messages):
+    outcome = run_training("sd", arguments("--debug_dataset", batch_size=2, subset="flip_aug = true"))
+    assert outcome.state is None
+    assert names(tmp_path / "out") == ["last_dataset0_128x128.png", "last_dataset0_64x192.png"]
+    assert "coins.png: 100x150 resized to 128x192, cut to 64x192 at 32,0" in messages.text
+    with Image.open(tmp_path / "out" / "last_dataset0_128x128.png") as sheet:
+        assert sheet.width > 300
+    assert "look at" in messages.text  # what is odd about the data stands in the plan
+
+
 def test_nothing_unfinished_is_left(arguments, tmp_path):
     run_training("sd", arguments("--save_every_n_steps", "1"))
     assert not [name for name in names(tmp_path / "out") if name.endswith(".tmp")]
