@@ -162,6 +162,43 @@ def test_truncation_is_always_seen(tmp_path, suffix, keep):
         file.read("a")
 
 
+def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
+    path = tmp_path / "x.npz"
+    write_cache(path, {"a": torch.randn(5000), "b": torch.randn(5000)})
+    with CacheFile(path) as file:
+        os.truncate(path, 1000)
+        with pytest.raises(CacheDamaged, match="ends in the middle of b"):
+            file.read("b")
+
+
+def test_a_member_that_says_more_than_it_holds(tmp_path):
+    """Entries that overlap the next one, as interrupted writes of other programs leave them."""
+    path = tmp_path / "x.npz"
+    write_cache(path, {"a": torch.zeros(10), "b": torch.zeros(10)})
+    content = path.read_bytes()
+    assert content.count(b"'shape': (10,)") == 2
+    path.write_bytes(content.replace(b"'shape': (10,)", b"'shape': (99,)", 1))
+    with pytest.raises(CacheDamaged, match="a.npy is truncated"):
+        CacheFile(path)
+
+
+def test_compressed_files_are_not_taken(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", a=np.zeros(10))
+    with pytest.raises(CacheDamaged, match="is compressed"):
+        CacheFile(tmp_path / "x.npz")
+
+
+def test_a_file_is_replaced_not_overwritten(tmp_path):
+    """Whoever reads the old one while the new one is written still has all of it."""
+    path = tmp_path / "x.npz"
+    write_cache(path, {"a": torch.zeros(3)})
+    with CacheFile(path) as old:
+        write_cache(path, {"a": torch.ones(3)})
+        assert old.read("a").sum() == 0
+    with CacheFile(path) as new:
+        assert new.read("a").sum() == 3
+
+
 def test_a_flipped_bit_is_found_when_checksums_are_compared(tmp_path, image):
     layout, request = flux_layout(), request_for(tmp_path / "a", (64, 64), (8, 8), image)
     path = write_entry(layout, request, LatentEntry(torch.randn(16, 8, 8), None, None), Source.of(image))
@@ -220,6 +257,11 @@ def test_unsized_latents_are_taken_only_when_they_fit(tmp_path):
     np.savez(tmp_path / "b.npz", latents=np.zeros((4, 8, 8), np.float32))  # the oldest name
     assert find(layout, request_for(tmp_path / "b", (64, 64), (8, 8))).path.name == "b.npz"
     assert find(layout, request_for(tmp_path / "b", (64, 64), (4, 4))).status is Status.MISSING
+
+
+def test_families_with_sizes_in_their_names_need_them(tmp_path):
+    np.savez(tmp_path / "a_0064x0064_flux.npz", latents=np.zeros((16, 8, 8), np.float32))
+    assert find(flux_layout(), request_for(tmp_path / "a", (64, 64), (8, 8))).status is Status.MISSING
 
 
 def test_latents_of_another_family_are_never_taken(tmp_path):

@@ -64,6 +64,9 @@ def test_masks_and_control_images_lie_over_their_image(folder, tmp_path):
             view, pair = masked.view(item, flipped), paired.view(item, flipped)
             np.testing.assert_array_equal(view.mask, view.pixels[..., 0])
             np.testing.assert_array_equal(pair.control, pair.pixels)
+        mirrored, plain = masked.view(item, True), masked.view(item, False)
+        np.testing.assert_array_equal(mirrored.pixels, plain.pixels[:, ::-1])
+        np.testing.assert_array_equal(mirrored.mask, plain.mask[:, ::-1])
     (batch,) = [batch for batch in batches(masked) if batch.image_keys == ["0.png"]]
     assert batch.masks.shape == batch.images[:, 0].shape
     assert torch.allclose(batch.masks * 2 - 1, batch.images[:, 0], atol=1e-6)

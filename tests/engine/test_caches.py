@@ -148,6 +148,20 @@ def test_another_autoencoder_or_interpolation_makes_latents_again(place):
     assert all(place.times()[name] != middle[name] for name in middle)
 
 
+def test_another_text_encoder_or_token_length_makes_texts_again(place):
+    place.run("flux", *TEXT)
+    before = place.times()
+    place.run("flux", *TEXT, "--t5xxl_max_token_length", "40")
+    middle = place.times()
+    assert all(middle[name] != before[name] for name in before)
+    tensors = load_file(place.inputs.model("clip_l"))
+    name = next(name for name in tensors if name.endswith("final_layer_norm.weight"))
+    save_file_atomic({**tensors, name: tensors[name] * 1.01}, place.folder / "clip.safetensors")
+    more = ("--t5xxl_max_token_length", "40", "--clip_l", str(place.folder / "clip.safetensors"))
+    place.run("flux", *TEXT, *more)
+    assert all(place.times()[name] != middle[name] for name in middle)
+
+
 def test_two_sizes_of_one_folder_share_files(place):
     """The reference trains the second dataset of an SD run on the latents of the first."""
     toml = dataset_toml(place.folder, place)
@@ -264,6 +278,7 @@ def test_masks_act_alike_from_alpha_and_from_files_cached_or_not(place):
     assert mask_run(place, "--masked_loss", "--cache_latents_to_disk", subset=control) == files
     flipped = mask_run(place, "--cache_latents_to_disk", subset="  alpha_mask = true\n  flip_aug = true\n")
     assert flipped == mask_run(place, subset="  alpha_mask = true\n  flip_aug = true\n")
+    assert flipped == mask_run(place, "--cache_latents", subset="  alpha_mask = true\n  flip_aug = true\n")
     # switched off again, the stored mask is left alone (the reference goes on applying it)
     assert mask_run(place, "--cache_latents_to_disk", subset="") == plain
 
