@@ -50,10 +50,8 @@ class ReportOptions:
 
 GROUPS = (ReportOptions, DataOptions, BucketOptions, AugmentOptions, CaptionOptions)
 # of the groups above, what only matters in training
-HIDDEN = frozenset(
-    ("dataset_class", "max_data_loader_n_workers", "persistent_data_loader_workers")
-    + ("cache_info", "debug_dataset", "prior_loss_weight")
-)
+_TRAINING = "dataset_class max_data_loader_n_workers persistent_data_loader_workers cache_info debug_dataset"
+HIDDEN = frozenset((*_TRAINING.split(), "prior_loss_weight"))
 
 
 def setup_parser() -> argparse.ArgumentParser:
@@ -64,14 +62,46 @@ def setup_parser() -> argparse.ArgumentParser:
 def find_plans(options: OptionSet) -> tuple[list[DatasetPlan], str]:
     """Datasets as in training; `--train_data_dir` may also be a folder that holds the images themselves."""
     data = options[DataOptions]
-    if not data.dataset_config and not data.in_json and data.train_data_dir and Path(data.train_data_dir).is_dir():
-        if Folder(Path(data.train_data_dir)).images:
-            subset = {"image_dir": data.train_data_dir}
-            if data.conditioning_data_dir:
-                subset["conditioning_data_dir"] = data.conditioning_data_dir
-            config = {"datasets": [{"subsets": [subset]}]}
-            return resolve_datasets(config, options.values(), source="--train_data_dir"), "--train_data_dir"
-    return dataset_plans(str(data.dataset_config) if data.dataset_config else None, options.values())
+    folder = Path(data.train_data_dir or "")
+    described = data.dataset_config or data.in_json or not data.train_data_dir
+    if described or not folder.is_dir() or not Folder(folder).images:
+        return dataset_plans(str(data.dataset_config) if data.dataset_config else None, options.values())
+    subset = {"image_dir": data.train_data_dir, "conditioning_data_dir": data.conditioning_data_dir}
+    config = {"datasets": [{"subsets": [{name: value for name, value in subset.items() if value}]}]}
+    return resolve_datasets(config, options.values(), source="--train_data_dir"), "--train_data_dir"
+
+
+def check_output(folder: Path, plans: Sequence[DatasetPlan]) -> None:
+    """The pictures of a report must not become training images.
+
+    Raises:
+        UserError: the folder is one of the dataset.
+    """
+    subsets = [subset for plan in plans for subset in plan.subsets]
+    taken = [place for subset in subsets for place in (subset.image_dir, subset.conditioning_data_dir) if place]
+    if folder.resolve() in [place.resolve() for place in taken]:
+        raise UserError("--output", str(folder), "holds images of the dataset; name another folder")
+
+
+def read_settings(options: OptionSet) -> ReadSettings:
+    """How the pictures are read, as in a training without caches.
+
+    Raises:
+        UserError: no such colour.
+    """
+    own, data = options[ReportOptions], options[DataOptions]
+    try:
+        background = images.parse_background(data.alpha_background)
+    except ValueError as error:
+        raise UserError("--alpha_background", data.alpha_background, str(error)) from error
+    return ReadSettings(
+        seed=own.seed,
+        max_steps=0,
+        with_images=True,
+        masked_loss=own.masked_loss,
+        exif_transpose=data.exif_transpose,
+        background=background,
+    )
 
 
 def run(options: OptionSet) -> report.DataReport:
@@ -83,45 +113,25 @@ def run(options: OptionSet) -> report.DataReport:
     raise_problems(options.problems())
     own, data = options[ReportOptions], options[DataOptions]
     latent = load_family(own.family).latent if own.family else None
-    try:
-        background = images.parse_background(data.alpha_background)
-    except ValueError as error:
-        raise UserError("--alpha_background", data.alpha_background, str(error)) from error
+    settings = read_settings(options)
     plans, source = find_plans(options)
-    folders = {
-        folder for plan in plans for one in plan.subsets for folder in (one.image_dir, one.conditioning_data_dir)
-    }
-    if own.output.resolve() in {folder.resolve() for folder in folders if folder}:
-        raise UserError("--output", str(own.output), "holds images of the dataset; name another folder")
+    check_output(own.output, plans)
     rules = ScanRules(
         allow_missing_captions=data.allow_missing_captions,
         skip_bad_images=data.skip_bad_images,
         exif_transpose=data.exif_transpose,
-        latent_suffixes=(latent.cache_suffix,) if latent else (),
+        latent_suffixes=(f"{latent.cache_suffix}.npz", f"{latent.cache_suffix}.safetensors") if latent else (),
         write_info=False,
     )
-    step = latent.resolution_step if latent else 1
-    found = report.inspect(
-        plans, source=source, seed=own.seed, step=step, rules=rules, duplicates=not own.no_duplicates
-    )
-    settings = ReadSettings(
-        seed=own.seed,
-        max_steps=0,
-        with_images=True,
-        masked_loss=own.masked_loss,
-        exif_transpose=data.exif_transpose,
-        background=background,
-    )
-    pictures = []
-    if any(found.images.train[index].records for index in range(len(found.images.train))):
-        pictures.append(own.output / "buckets.png")
-        sheets.draw_buckets(found.images.train, pictures[0])
+    step, compare = latent.resolution_step if latent else 1, not own.no_duplicates
+    found = report.inspect(plans, source=source, seed=own.seed, step=step, rules=rules, duplicates=compare)
+    sets = found.images.train
+    pictures = sheets.draw_buckets(sets, own.output / "buckets.png")
     if own.sheet_images:
-        pictures += sheets.debug_sheets(
-            found.images.train, settings, own.output, "sheet", epoch=own.epoch, limit=own.sheet_images
-        )
+        pictures += sheets.debug_sheets(sets, settings, own.output, "sheet", epoch=own.epoch, limit=own.sheet_images)
     written = report.write_report(found, own.output, top_tags=own.top_tags, pictures=pictures)
-    rows = [*report.summary_rows(found), ("report", str(written[0])), ("more files", str(len(written[1:] + pictures)))]
+    rows = [("files", ", ".join(path.name for path in written[1:])), ("pictures", str(len(pictures)))]
+    rows = [*report.summary_rows(found), ("report", str(written[0])), *rows]
     sys.stdout.write(table("dataset", rows) + "\n")
     return found
 

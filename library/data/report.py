@@ -10,12 +10,12 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -40,8 +40,9 @@ _NAMED = 3  # examples in a sentence
 _LISTED = 20  # files of a finding in the report for people
 _THREADS = 4  # decoded images need memory
 _FLAT = 8  # grey levels: pictures of less contrast all look the same
-_ALIKE = 10.0  # mean difference of grey levels up to which pictures of equal hash are the same picture
+_ALIKE, _ALIKE_SHARE = 4.0, 0.2  # distance of equal pictures, in grey levels and as a share of their contrast
 _SAME_FORMAT = {"MPO": "JPEG", "DIB": "BMP"}  # what Pillow calls variants
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _are(things: Sequence[Any]) -> str:
+def _are(things: Sized) -> str:
     return "is" if len(things) == 1 else "are"
 
 
@@ -196,7 +197,8 @@ def tag_counts(images: Sequence[ImageSet]) -> Counter[str]:
         for other in ("\n", rules.keep_tokens_separator, rules.secondary_separator):
             text = text.replace(other, rules.caption_separator) if other else text
         tags = text.split(rules.caption_separator) if rules.caption_separator else [text]
-        counts.update({tag.strip().lower() for tag in tags} - {""})
+        # no set: equal counts stay in the order of the files
+        counts.update(dict.fromkeys(name for tag in tags if (name := tag.strip().lower())).keys())
     return counts
 
 
@@ -209,18 +211,11 @@ def caption_file_findings(images: Sequence[ImageSet]) -> list[Finding]:
     Kinds: class_tokens (no caption file, the class tokens stand in), other_captions (caption files of an extension that
     is not read), unused_captions (caption files that no image belongs to).
     """
-    found: dict[tuple[Path, str], list[Finding]] = {}
+    members: dict[tuple[Path, str], list[tuple[ImageRecord, SubsetPlan]]] = defaultdict(list)
     for record, subset in unique_records(images):
-        if subset.metadata_file is None and subset.image_dir is not None and record.exists:
-            found.setdefault((subset.image_dir, subset.caption_extension), [])
-    for folder, extension in found:
-        members = [
-            (record, subset)
-            for record, subset in unique_records(images)
-            if (subset.image_dir, subset.caption_extension) == (folder, extension)
-        ]
-        found[folder, extension] = list(_in_folder(folder, extension, members))
-    return [one for several in found.values() for one in several]
+        if subset.metadata_file is None and subset.image_dir is not None:
+            members[subset.image_dir, subset.caption_extension].append((record, subset))
+    return [finding for place, several in members.items() for finding in _in_folder(*place, several)]
 
 
 def _caption_names(stem: str, extension: str) -> set[str]:
@@ -261,7 +256,7 @@ class FileFacts:
 
     Attributes:
         format: name of its format as Pillow has it.
-        thumbnail: [8, 9] float32 grey levels; None when it was not decoded.
+        thumbnail: [8, 8] float32 grey levels; None when it was not decoded.
         fault: why it cannot be decoded.
     """
 
@@ -286,8 +281,8 @@ def file_facts(paths: Sequence[Path], *, decode: bool, progress: bool = True) ->
                 kind = image.format or ""
                 if not decode:
                     return FileFacts(kind)
-                image.draft("L", (64, 64))
-                small = image.convert("L").resize((9, 8), Image.Resampling.BOX)
+                image.draft("L", (128, 128))
+                small = image.convert("L").resize((8, 8), Image.Resampling.BOX)
                 return FileFacts(kind, np.asarray(small, np.float32))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return FileFacts(fault=str(error))
@@ -295,7 +290,7 @@ def file_facts(paths: Sequence[Path], *, decode: bool, progress: bool = True) ->
     return dict(zip(paths, _in_threads(look, paths, "looking into images", progress)))
 
 
-def _in_threads(work: Any, items: Sequence[Any], text: str, progress: bool) -> list[Any]:
+def _in_threads(work: Callable[[Path], R], items: Sequence[Path], text: str, progress: bool) -> list[R]:
     hidden = None if progress else True  # None: only on a terminal
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(tqdm(pool.map(work, items), desc=text, total=len(items), unit="image", disable=hidden))
@@ -312,7 +307,7 @@ def format_findings(facts: dict[Path, FileFacts]) -> list[Finding]:
     }
     if wrong:
         names = _examples([f"{path.name} is {kind}" for path, kind in wrong.items()])
-        text = f"{counted(len(wrong), 'image')} {_are(wrong)} of another format than the extension says"  # type: ignore[arg-type]
+        text = f"{counted(len(wrong), 'image')} {_are(wrong)} of another format than the extension says"
         found.append(Finding("wrong_extension", f"{text} (and can be read anyway): {names}", tuple(map(str, wrong))))
     broken = {path: fact.fault for path, fact in facts.items() if fact.fault}
     if broken:
@@ -349,34 +344,31 @@ def _digest(path: Path) -> bytes | None:
 def near_duplicates(facts: dict[Path, FileFacts], exact: Sequence[tuple[Path, ...]]) -> list[tuple[Path, ...]]:
     """Groups of different files that show the same picture: other sizes, formats or compression.
 
-    Pictures are compared that have the same difference hash: 64 bits, each telling whether a point of a 9x8 grey
-    thumbnail is darker than its right neighbour. Nearly flat pictures have none.
+    The thumbnails of a group are those whose root mean square distance to its first is at most 4 grey levels, and at
+    most a fifth of their contrast. Bits of a hash would tell less: compressing a photograph again turns some of them.
 
     Args:
         facts: with thumbnails.
         exact: groups of equal files; the first of each stands for the others.
     """
     skipped = {path for group in exact for path in group[1:]}
-    hashes: dict[bytes, list[Path]] = defaultdict(list)
-    for path, fact in facts.items():
-        grey = fact.thumbnail
-        if grey is not None and path not in skipped and np.ptp(grey) >= _FLAT:
-            hashes[np.packbits(grey[:, :-1] < grey[:, 1:]).tobytes()].append(path)
-    found = []
-    for paths in hashes.values():
-        rest = paths
-        while len(rest) > 1:  # simple pictures such as gradients have equal hashes: their greys decide
-            first = facts[rest[0]].thumbnail
-            same = [path for path in rest if _difference(first, facts[path].thumbnail) <= _ALIKE]
-            if len(same) > 1:
-                found.append(tuple(same))
-            rest = [path for path in rest if path not in same]
-    return found
-
-
-def _difference(first: np.ndarray | None, second: np.ndarray | None) -> float:
-    assert first is not None and second is not None
-    return float(np.abs(first - second).mean())
+    compared = [(path, fact.thumbnail) for path, fact in facts.items() if path not in skipped]
+    kept = [(path, grey.ravel()) for path, grey in compared if grey is not None and grey.std() >= _FLAT]
+    if not kept:
+        return []
+    greys = np.stack([grey for _, grey in kept]) - 128
+    limits = np.minimum(_ALIKE, _ALIKE_SHARE * greys.std(axis=1)) ** 2 * greys.shape[1]
+    squares = (greys**2).sum(axis=1)
+    groups, grouped = [], set()
+    for start in range(0, len(kept), 256):  # blocks, since all distances at once would need gigabytes
+        block = slice(start, start + 256)
+        near = squares[block, None] + squares - 2 * greys[block] @ greys.T <= limits[block, None]
+        for first in start + np.flatnonzero(near.sum(axis=1) > 1):
+            same = [n for n in np.flatnonzero(near[first - start]) if n >= first and n not in grouped]
+            if first not in grouped and len(same) > 1:
+                grouped.update(same)
+                groups.append(tuple(kept[n][0] for n in same))
+    return groups
 
 
 def duplicate_findings(
@@ -390,10 +382,8 @@ def duplicate_findings(
         held_out: the images that are validated on.
     """
     found = []
-    for kind, groups, text in (
-        ("duplicates", exact, "are the same file"),
-        ("near_duplicates", near, "look the same"),
-    ):
+    both = (("duplicates", exact, "are the same file"), ("near_duplicates", near, "look the same"))
+    for kind, groups, text in both:
         if groups:
             names = _examples([" = ".join(path.name for path in group) for group in groups])
             total = sum(len(group) for group in groups)
@@ -441,23 +431,15 @@ class DataReport:
         return sum(len(finding.files) for finding in self.findings if finding.kind == kind)
 
 
-class _Messages(logging.Handler):
-    """Keeps what the program warns of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    handler = _Messages()
+    """Collects what the program warns of."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())
     logger.addHandler(handler)
     try:
-        yield handler.texts
+        yield texts
     finally:
         logger.removeHandler(handler)
 
@@ -472,18 +454,10 @@ def _silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def scan_all(
+def _scan_all(
     plans: Sequence[DatasetPlan], *, source: str, seed: int, step: int, rules: ScanRules
 ) -> tuple[ImageSets, list[Problem]]:
-    """As `library.data.build.scan`, but problems do not hide the images that can be used.
-
-    Args:
-        plans: the datasets.
-        source: what they are called in messages.
-        seed: of the run.
-        step: sizes must be multiples of this many pixels.
-        rules: how images are looked for.
-    """
+    """As `library.data.build.scan`, but problems do not hide the images that can be used."""
     try:
         return scan(plans, source=source, seed=seed, step=step, rules=rules), []
     except UserError as error:
@@ -517,7 +491,7 @@ def inspect(
         duplicates: decode every image to look for equal ones.
     """
     with _warnings() as warned:
-        images, problems = scan_all(plans, source=source, seed=seed, step=step, rules=rules)
+        images, problems = _scan_all(plans, source=source, seed=seed, step=step, rules=rules)
     both = (*images.train, *images.validation)
     paths = [record.path for record, _ in unique_records(both) if record.exists]
     facts = file_facts(paths, decode=duplicates)
@@ -569,15 +543,10 @@ def _dataset_facts(images: ImageSet) -> dict[str, Any]:
     subsets = []
     for index, subset in enumerate(images.plan.subsets):
         members = [number for number, record in enumerate(images.records) if record.subset == index]
-        subsets.append(
-            {
-                "name": subset.name,
-                "images": len(members),
-                "captions": sum(bool(images.records[number].caption) for number in members),
-                "visits": sum(images.repeats[number] for number in members),
-                "is_reg": subset.is_reg,
-            }
-        )
+        facts: dict[str, Any] = {"name": subset.name, "is_reg": subset.is_reg, "images": len(members)}
+        facts["captions"] = sum(bool(images.records[number].caption) for number in members)
+        facts["visits"] = sum(images.repeats[number] for number in members)
+        subsets.append(facts)
     return {
         "resolution": list(images.plan.resolution),
         "batch_size": images.plan.batch_size,
@@ -621,10 +590,7 @@ def report_facts(report: DataReport, *, top_tags: int = 50) -> dict[str, Any]:
 def summary_rows(report: DataReport) -> list[tuple[str, str]]:
     """The most important numbers as (name, value) lines."""
     facts = report_facts(report, top_tags=8)
-    buckets = [bucket for dataset in facts["datasets"] for bucket in dataset["buckets"]]
-    partial = sum(
-        bucket["last_batch"] < dataset["batch_size"] for dataset in facts["datasets"] for bucket in dataset["buckets"]
-    )
+    full = [one["last_batch"] == data["batch_size"] for data in facts["datasets"] for one in data["buckets"]]
     crop, tags = facts["crop_loss"], facts["tags"]
     worst = f", worst {crop['worst']:.1%} ({Path(crop['worst_file']).name})" if crop["worst"] else ""
     same = "not looked for"
@@ -638,7 +604,7 @@ def summary_rows(report: DataReport) -> list[tuple[str, str]]:
         ("images", f"{facts['images']}{held_out}"),
         ("captions", f"{facts['captions']}, {facts['missing_captions']} missing"),
         ("wrong extensions", str(facts["wrong_extensions"])),
-        ("buckets", f"{len(buckets)}, {partial} with a last batch that is not full"),
+        ("buckets", f"{len(full)}, {full.count(False)} with a last batch that is not full"),
         ("cropped away", f"{crop['mean']:.1%} on average{worst}"),
         ("duplicates", same),
         ("tags", f"{tags['different']} different, {len(tags['used_once'])} used once"),

@@ -43,8 +43,6 @@ def contact_sheet(views: Sequence[tuple[np.ndarray, str]], *, columns: int, cell
     ]
     heights = [max(picture.height for picture, _ in row) + _TEXT_LINES * line + GAP for row in rows]
     sheet = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + sum(heights)), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    # characters that surely fit: the font is proportional, so its wide ones are what counts
     letters = max(4, int(cell / font.getlength("n")))
     top = GAP
     for row, height in zip(rows, heights):
@@ -52,8 +50,12 @@ def contact_sheet(views: Sequence[tuple[np.ndarray, str]], *, columns: int, cell
         for column, (picture, text) in enumerate(row):
             left = GAP + column * (cell + GAP)
             sheet.paste(picture, (left + (cell - picture.width) // 2, top))
-            for number, words in enumerate(_wrapped(text, letters)):
-                draw.text((left, below + 2 + number * line), words, fill=_INK, font=font)
+            # on a field of its own, since a line of wide letters would run into the next cell
+            words = Image.new("RGB", (cell, _TEXT_LINES * line), _BACKGROUND)
+            ImageDraw.Draw(words).multiline_text(
+                (0, 0), "\n".join(_wrapped(text, letters)), fill=_INK, font=font, spacing=2
+            )
+            sheet.paste(words, (left, below + 2))
         top += height
     return sheet
 
@@ -216,26 +218,31 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def draw_buckets(sets: Sequence[ImageSet], path: Path) -> None:
+def draw_buckets(sets: Sequence[ImageSet], path: Path) -> list[Path]:
     """A PNG with a bar per bucket, its height the visits per epoch; of many buckets the fullest.
 
     Args:
         sets: the datasets that are trained on.
         path: where it goes.
 
+    Returns:
+        The file written; none when there is no bucket to draw.
+
     Raises:
         UserError: it cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     counts = [
         (count, f"{number}: {_by(bucket)}" if len(sets) > 1 else _by(bucket))
         for number, images in enumerate(sets)
         for bucket, count in images.ordered().bucket_counts().items()
     ]
+    if not counts:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     kept = set(sorted(range(len(counts)), key=lambda n: -counts[n][0])[:_BUCKETS_SHOWN])
     bars = [bar for number, bar in enumerate(counts) if number in kept]
     figure, axes = pyplot.subplots(figsize=(max(6.0, 2 + 0.3 * len(bars)), 4.5), dpi=110)
@@ -248,3 +255,4 @@ def draw_buckets(sets: Sequence[ImageSet], path: Path) -> None:
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     pyplot.close(figure)
     write_picture(picture, path)
+    return [path]

@@ -191,12 +191,12 @@ def test_compressed_files_are_not_taken(tmp_path):
 def test_a_file_is_replaced_not_overwritten(tmp_path):
     """Whoever reads the old one while the new one is written still has all of it."""
     path = tmp_path / "x.npz"
-    write_cache(path, {"a": torch.zeros(3)})
+    write_cache(path, {"a": torch.zeros(100_000)})
     with CacheFile(path) as old:
-        write_cache(path, {"a": torch.ones(3)})
+        write_cache(path, {"a": torch.ones(100_000)})
         assert old.read("a").sum() == 0
     with CacheFile(path) as new:
-        assert new.read("a").sum() == 3
+        assert new.read("a").sum() == 100_000
 
 
 def test_a_flipped_bit_is_found_when_checksums_are_compared(tmp_path, image):

@@ -10,13 +10,14 @@ from PIL import Image
 
 from library.caching.latents import _pieces, all_items
 from library.config_util import resolve_datasets
-from library.data.build import scan
+from library.data.build import ImageSets, scan
 from library.data.dataset import ReadSettings, TrainDataset
 from library.data.loader import TrainData
 from library.data.records import ScanRules
 from library.options.schema import OptionSet
 from library.train_util import make_options
 from library.training.checks import _subset_problems
+from library.training.plan import data_workers
 
 
 def gradient(width, height):
@@ -200,7 +201,29 @@ def test_images_of_equal_area_do_not_break_batches(tmp_path):
         Image.fromarray(gradient(*size)).save(tmp_path / f"{number}.png")
         (tmp_path / f"{number}.txt").write_text("x")
     data = build(tmp_path)
-    assert [len(piece.items) for piece in _pieces(data, list(all_items(data)), 4)] == [4, 4]
+    pieces = _pieces(data, list(all_items(data)), 4)
+    assert [len(piece.items) for piece in pieces] == [4, 4]
+    assert all(len({data.placement(item).bucket for item in piece.items}) == 1 for piece in pieces)
+
+
+def test_cached_variants_differ_from_image_to_image(folder):
+    data = build(folder, settings={"caption_variants": 2}, shuffle_caption=True)
+    orders = {tuple(text.replace(str(n), "a") for text in data.texts(item)) for n, item in enumerate(all_items(data))}
+    assert len(orders) >= 3
+
+
+def test_worker_processes_are_started_for_what_has_to_be_decoded(folder):
+    plain, paired = build(folder), build(folder, conditioning_data_dir=str(folder))
+
+    def workers(data, **options):
+        given = make_options("sd", "network", {"max_data_loader_n_workers": 1, **options})
+        return data_workers(given, ImageSets(data.sets, ()))
+
+    assert workers(plain) == 1
+    assert workers(plain, cache_latents=True) == workers(plain, cache_latents_to_disk=True) == 0
+    # masks in files are decoded at every visit, unless they are kept in memory with the latents
+    assert workers(paired, cache_latents_to_disk=True) == 1
+    assert workers(paired, cache_latents=True) == 0
 
 
 def test_a_split_where_nothing_validates_is_an_error(folder):
