@@ -281,7 +281,9 @@ def main(
             write_config(options, path)
             logger.info("options written to %s", path)
             return
-        train(family, task, options)
+        result = train(family, task, options)
+        if result.exit_code:
+            sys.exit(result.exit_code)
     except UserError as error:
         sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
         sys.exit(2)

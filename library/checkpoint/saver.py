@@ -1,11 +1,16 @@
 """When results are saved, under which names, and which old ones go."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from library.base.errors import UserError
 from library.base.logs import logger
 from library.options.saving import SavingOptions
+from library.options.state import StateOptions
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,13 @@ class Names:
 Write = Callable[[Path, int, int], None]
 
 
+def cannot_save(path: Path, error: OSError) -> UserError:
+    """What to say when something cannot be written; nothing half written is left, earlier files are untouched."""
+    reason = error.strerror or str(error)
+    message = f"cannot be written: {reason}; make room or name another --output_dir, then go on with --resume auto"
+    return UserError(str(path), message=message)
+
+
 class Saver:
     """Saves results by step and epoch and removes the ones that are too old.
 
@@ -64,9 +76,9 @@ class Saver:
 
     def after_step(self, step: int, epoch: int) -> None:
         """Save if `--save_every_n_steps` divides the step; then remove the step result that left the window."""
-        every = self.options.save_every_n_steps
-        if not every or step % every:
+        if not self.is_due(step):
             return
+        every = self.options.save_every_n_steps or 1
         self._save(self.names.step(step), step, epoch)
         if self.options.save_last_n_steps:
             old = step - self.options.save_last_n_steps - 1
@@ -75,9 +87,9 @@ class Saver:
 
     def after_epoch(self, step: int, epoch: int) -> None:
         """Save if `--save_every_n_epochs` divides the epoch; the last epoch's result is the final one."""
-        every = self.every_epochs
-        if not every or epoch % every or epoch >= self.num_epochs:
+        if not self.is_due_after(epoch):
             return
+        every = self.every_epochs or 1
         self._save(self.names.epoch(epoch), step, epoch)
         if self.options.save_last_n_epochs:
             old = epoch - every * self.options.save_last_n_epochs
@@ -87,9 +99,28 @@ class Saver:
         """Save the final result."""
         self._save(self.names.final(), step, epoch)
 
+    def now(self, step: int, epoch: int) -> None:
+        """Save because somebody asked for it."""
+        self._save(self.names.step(step), step, epoch)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a result is saved after this step."""
+        every = self.options.save_every_n_steps
+        return bool(every) and step % every == 0
+
+    def is_due_after(self, epoch: int) -> bool:
+        """Whether a result is saved after this epoch."""
+        return bool(self.every_epochs) and epoch % self.every_epochs == 0 and epoch < self.num_epochs
+
     def _save(self, path: Path, step: int, epoch: int) -> None:
-        self.write(path, step, epoch)
-        self.saved.append(path)
+        try:
+            self.write(path, step, epoch)
+        except OSError as error:
+            raise cannot_save(path, error) from error
+        except SafetensorError as error:  # what its writer makes of a full disk
+            raise cannot_save(path, OSError(str(error))) from error
+        if path not in self.saved:
+            self.saved.append(path)
 
     def _remove(self, path: Path, number: int) -> None:
         """The new result is complete under its name before an old one goes."""
@@ -97,3 +128,93 @@ class Saver:
             path.unlink()
             self.saved = [kept for kept in self.saved if kept != path]
             logger.info("removed the old result %s", path)
+
+
+class StateSaver:
+    """Saves training states: with results, by time, at the end, and when asked; removes the ones that are too old.
+
+    Args:
+        options: when, and how many stay.
+        results: cadence of the results that states go with.
+        names: names of the folders.
+        write: writes a state: (folder, step, epoch).
+        clock: seconds.
+    """
+
+    def __init__(
+        self, options: StateOptions, results: Saver, names: Names, write: Write, clock: Callable[[], float]
+    ) -> None:
+        self.options = options
+        self.results = results
+        self.names = names
+        self.write = write
+        self.clock = clock
+        self.last_saved_at = clock()
+        self._by_time: Path | None = None
+
+    def after_step(self, step: int, epoch: int) -> None:
+        """With a result, or when the last state is too old."""
+        minutes = self.options.save_state_every_n_minutes
+        if self.options.save_state and self.results.is_due(step):
+            self.now(step, epoch)
+            self._rotate_steps(step)
+        elif minutes and self.clock() - self.last_saved_at >= 60 * minutes:
+            older, self._by_time = self._by_time, self.names.step(step)
+            self.now(step, epoch)
+            if older is not None and older != self._by_time:
+                _remove_state(older)
+
+    def after_epoch(self, step: int, epoch: int) -> None:
+        """With a result."""
+        if not (self.options.save_state and self.results.is_due_after(epoch)):
+            return
+        self._save(self.names.epoch(epoch), step, epoch)
+        count = self.options.save_last_n_epochs_state or self.results.options.save_last_n_epochs
+        if count:
+            old = epoch - (self.results.every_epochs or 1) * count
+            for number, folder in self._numbered("-"):
+                if number <= old:
+                    _remove_state(folder)
+
+    def at_end(self, step: int, epoch: int) -> None:
+        """With the final result, or when only that was asked for."""
+        if self.options.save_state or self.options.save_state_on_train_end:
+            self._save(self.names.final(), step, epoch)
+
+    def now(self, step: int, epoch: int) -> Path:
+        """A state of this step."""
+        return self._save(self.names.step(step), step, epoch)
+
+    def _save(self, folder: Path, step: int, epoch: int) -> Path:
+        try:
+            self.write(folder, step, epoch)
+        except OSError as error:
+            raise cannot_save(folder, error) from error
+        except SafetensorError as error:
+            raise cannot_save(folder, OSError(str(error))) from error
+        self.last_saved_at = self.clock()
+        return folder
+
+    def _rotate_steps(self, step: int) -> None:
+        count = self.options.save_last_n_steps_state or self.results.options.save_last_n_steps
+        if count:
+            for number, folder in self._numbered("-step"):
+                if number < step - count:
+                    _remove_state(folder)
+
+    def _numbered(self, mark: str) -> list[tuple[int, Path]]:
+        """States of this run and of earlier ones of its name: (number, folder)."""
+        start = f"{self.names.base or ('at' if mark == '-step' else 'epoch')}{mark}"
+        found = []
+        for folder in self.names.folder.glob("*-state"):
+            number = folder.name.removeprefix(start).removesuffix("-state")
+            if folder.name.startswith(start) and number.isdecimal():
+                found.append((int(number), folder))
+        return found
+
+
+def _remove_state(folder: Path) -> None:
+    """Its head goes first, so that a half removed state is none."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    logger.info("removed the old state %s", folder)

@@ -42,6 +42,7 @@ class OptimizerDriver:
         self.relative_step = built.relative_step
         self._base = [group["lr"] for group in self.optimizer.param_groups]
         self.step_count = 0
+        self._set_rate: float | None = None
         self._apply_schedule()
 
     def backward(self, loss: Tensor) -> None:
@@ -74,10 +75,46 @@ class OptimizerDriver:
             self._apply_schedule()
         return stepped
 
+    def skip(self) -> None:
+        """Forget the gradients of a step that is left out."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """What has to be known to go on: the optimizer's state, the scaler's, a rate that was set by hand."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "set_rate": self._set_rate,
+        }
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Go on from a state at an optimizer step.
+
+        Raises:
+            ValueError: it belongs to other parameters.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self._set_rate = state.get("set_rate")
+        self.go_to(step)
+
+    def go_to(self, step: int) -> None:
+        """Let the schedule stand after `step` optimizer steps."""
+        self.step_count = step
+        self._apply_schedule()
+
+    def set_rate(self, rate: float) -> None:
+        """From now on the first group has this rate times the schedule's factor, the others in their old proportion."""
+        self._set_rate = rate
+        self._apply_schedule()
+
     def _apply_schedule(self) -> None:
         if self.relative_step:
             return
         factor = self.schedule.factor(self.step_count)
+        if self._set_rate is not None:
+            factor *= self._set_rate / (self._base[0] or 1.0)
         for group, base in zip(self.optimizer.param_groups, self._base):
             group["lr"] = base * factor
 

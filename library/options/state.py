@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.options.ranges import at_least
+from library.options.ranges import above, at_least
 from library.options.schema import option
 
 
@@ -16,7 +16,19 @@ class StateOptions:
     save_state_on_train_end: bool = option(False, help="save the training state at the end")
     save_last_n_epochs_state: int | None = option(None, help="keep the states of the last n epochs only")
     save_last_n_steps_state: int | None = option(None, help="keep the states of the last n steps only")
-    resume: str | None = option(None, help="folder of a saved state to go on from")
+    save_state_every_n_minutes: float | None = option(
+        None, help="save the training state so many minutes after the last one; only the latest such state is kept"
+    )
+    resume: str | None = option(
+        None, help="folder of a saved state to go on from; auto: the furthest state of this name, if there is one"
+    )
+    resume_changed_data: bool = option(False, help="go on with the next epoch although the data changed")
+    nan_policy: str = option(
+        "stop", help="what to do when gradients are no numbers: stop, or skip the step", choices=("stop", "skip")
+    )
+    interactive: bool = option(
+        False, help="take orders from stdin: save, save_state, sample, eval, lr X, status, pause, resume, quit, abort"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
@@ -25,3 +37,6 @@ class StateOptions:
             save_last_n_epochs_state=self.save_last_n_epochs_state,
             save_last_n_steps_state=self.save_last_n_steps_state,
         )
+        yield from above(0, save_state_every_n_minutes=self.save_state_every_n_minutes)
+        if self.resume_changed_data and not self.resume:
+            yield Problem("--resume_changed_data", "needs --resume")

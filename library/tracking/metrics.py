@@ -1,5 +1,6 @@
 """Running numbers of a run."""
 
+import math
 from collections import deque
 
 
@@ -14,8 +15,13 @@ class LossAverage:
         self._latest: deque[float] = deque(maxlen=max(1, window))
 
     def add(self, loss: float) -> None:
-        """Take in the loss of one micro-step."""
-        self._latest.append(loss)
+        """Take in the loss of one micro-step; one that is no number is left out."""
+        if math.isfinite(loss):
+            self._latest.append(loss)
+
+    def state(self) -> list[float]:
+        """The losses it averages."""
+        return list(self._latest)
 
     @property
     def value(self) -> float:

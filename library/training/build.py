@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata as package_metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from library.caching.latents import all_items
 from library.caching.text_outputs import cache_text_outputs
 from library.checkpoint.metadata import ModelHashes, TrainingFacts, minimum_metadata, training_metadata
 from library.checkpoint.model_spec import model_spec_metadata
-from library.checkpoint.saver import Saver
+from library.checkpoint.saver import Saver, StateSaver
+from library.checkpoint.state_files import SavedState, write_state
 from library.data.dataset import LatentReader, TextReader, TrainDataset
 from library.data.loader import TrainData
 from library.family import Family
@@ -40,6 +42,7 @@ from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
+from library.options.state import StateOptions
 from library.options.validation import ValidationOptions
 from library.sampling.runner import SampleRunner, SampleTarget
 from library.strategy_base import Strategies
@@ -47,6 +50,7 @@ from library.tracking.events import EventLog
 from library.training.caches import CacheSetting, DiskCaches, keeps_texts_on_disk, memory_latents
 from library.training.checks import Inspected
 from library.training.conditioning import ConditioningSource, encode_with_all
+from library.training.control import Control
 from library.training.distributed import Processes
 from library.training.engine import Trainer
 from library.training.inputs import StepAssembler
@@ -58,9 +62,17 @@ from library.training.network_adapter import (
     merge_base_weights,
 )
 from library.training.plan import RunPlan, autocast_context
-from library.training.replay import Replay, StepRecorder
+from library.training.replay import FailureWriter, Replay, StepRecorder
 from library.training.report import Progress
-from library.training.services import SamplingService, SavingService, Service, ServiceList, ValidationService
+from library.training.resume import Resume, load_state, model_identity, restore, state_names
+from library.training.services import (
+    SamplingService,
+    SavingService,
+    Service,
+    ServiceList,
+    StateService,
+    ValidationService,
+)
 from library.training.session import Session
 from library.training.state import TrainState
 from library.training.tasks.network import NetworkTask
@@ -312,6 +324,37 @@ def bring_denoiser(setting: Setting, components: Components) -> None:
     components.denoiser.to(setting.device)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        state: counters.
+        resume: the state it goes on from.
+        identity: what states of the run say of it.
+        keep_record: micro-steps of an earlier record that stay; None begins a new one.
+    """
+
+    state: TrainState
+    resume: Resume | None
+    identity: Mapping[str, Any]
+    keep_record: int | None
+
+
+def make_control(setting: Setting, state: TrainState, progress: Progress) -> Control:
+    """What hears signals, stdin and the control file."""
+    options, processes = setting.plan.options, setting.processes
+    if options[StateOptions].interactive and processes.world_size > 1:
+        raise UserError("--interactive", message="works with one process; use the control file with several")
+    return Control(
+        setting.plan.names.beside(".control"),
+        interactive=options[StateOptions].interactive,
+        is_main=processes.is_main,
+        world_size=processes.world_size,
+        status=lambda: f"step {state.step} of {state.max_steps}, epoch {state.epoch}, {progress.status()}",
+    )
+
+
 def make_optimizer(setting: Setting, task: NetworkTask) -> OptimizerDriver:
     """Optimizer, schedule and clipping."""
     options = setting.plan.options
@@ -331,9 +374,11 @@ def make_optimizer(setting: Setting, task: NetworkTask) -> OptimizerDriver:
 class MetadataWriter:
     """Metadata of saved files: what was known at the start, and what each save adds."""
 
-    def __init__(self, setting: Setting, task: NetworkTask, optimizer: OptimizerDriver) -> None:
+    def __init__(
+        self, setting: Setting, task: NetworkTask, optimizer: OptimizerDriver, identity: Mapping[str, Any]
+    ) -> None:
         plan, options = setting.plan, setting.plan.options
-        self.started = time.time()
+        self.started = identity["started_at"]
         self.setting = setting
         self.without = options[MetadataOptions].no_metadata
         model = options[ModelOptions]
@@ -341,7 +386,7 @@ class MetadataWriter:
         commit = program_version()
         given = options[NetworkOptions].network_args
         facts = TrainingFacts(
-            session_id=address(int(self.started * 1000), "session") % 2**32,
+            session_id=identity["session_id"],
             started_at=self.started,
             seed=plan.seed,
             network_module=task.adapter.module_name,
@@ -401,6 +446,7 @@ def make_services(
     autocast: Autocast,
     optimizer: OptimizerDriver,
     progress: Progress,
+    start: Start,
 ) -> tuple[ServiceList, Saver | None, SampleRunner | None]:
     """Samples, then saving; validation is added when the session can compute losses."""
     services: list[Service] = []
@@ -425,7 +471,7 @@ def make_services(
         services.append(SamplingService(options[SamplingOptions], runner, task.evaluating))
     saver = None
     if setting.processes.is_main:
-        writer = MetadataWriter(setting, task, optimizer)
+        writer = MetadataWriter(setting, task, optimizer, start.identity)
 
         def write(path: Path, step: int, epoch: int) -> None:
             task.save(path, writer.describe(step, epoch))
@@ -461,27 +507,86 @@ def add_validation(
     session.services.services.append(service)
 
 
-def make_recorder(setting: Setting) -> StepRecorder | None:
-    """The recorder of `--record_steps`."""
-    folder = setting.plan.options[RecordOptions].record_steps
-    if not folder:
-        return None
-    if setting.processes.world_size > 1:
-        raise UserError("--record_steps", folder, "works with one process; launch with --num_processes 1")
-    meta = {
+def record_meta(setting: Setting) -> dict[str, Any]:
+    """What a record says of its run."""
+    return {
         "family": setting.family.name,
         "task": setting.task_name,
         "seed": setting.plan.seed,
         "dtype": str(setting.plan.dtype).removeprefix("torch."),
         "versions": {name: package_metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     }
-    return StepRecorder(folder, meta)
+
+
+def make_recorder(setting: Setting, keep: int | None) -> StepRecorder | None:
+    """The recorder of `--record_steps`.
+
+    Args:
+        setting: of the run.
+        keep: micro-steps of an earlier run that stay; None begins a record.
+    """
+    folder = setting.plan.options[RecordOptions].record_steps
+    if not folder:
+        return None
+    if setting.processes.world_size > 1:
+        raise UserError("--record_steps", folder, "works with one process; launch with --num_processes 1")
+    return StepRecorder(folder, record_meta(setting), keep)
+
+
+class StateWriter:
+    """Writes training states of a run.
+
+    Args:
+        setting: of the run.
+        identity: what states say of the run they belong to.
+        state: where the run is.
+        task: what is trained.
+        optimizer: how.
+        progress: averages that go on.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        identity: Mapping[str, Any],
+        state: TrainState,
+        task: NetworkTask,
+        optimizer: OptimizerDriver,
+        progress: Progress,
+    ) -> None:
+        self.setting = setting
+        self.identity = dict(identity)
+        self.state = state
+        self.task = task
+        self.optimizer = optimizer
+        self.progress = progress
+
+    def write(self, folder: Path, step: int, epoch: int) -> None:
+        """Write the state of now."""
+        counters = {name: getattr(self.state, name) for name in ("step", "micro_step", "epoch", "batch_in_epoch")}
+        if "base_model" not in self.identity:
+            self.identity["base_model"] = model_identity(self.setting.plan.options)
+        self.progress.flush()
+        head = {
+            **self.identity,
+            **counters,
+            "max_steps": self.state.max_steps,
+            "average": self.progress.average.state(),
+            "saved_at": time.time(),
+        }
+        write_state(folder, SavedState(head, self.task.weights(), self.optimizer.state()))
+        self.progress.events.write("state", path=str(folder), step=step, epoch=epoch)
+        self.progress.say(f"saved the state {folder}")
 
 
 def build_session(
-    setting: Setting, replay: Replay | None, events: EventLog, track: Callable[[dict[str, float], int], None]
+    setting: Setting,
+    replay: Replay | None,
+    events: EventLog,
+    track: Callable[[dict[str, float], int], None],
+    start: Start,
 ) -> tuple[Session, Saver | None]:
-    """Load, cache, wrap and wire everything."""
+    """Load, cache, wrap and wire everything; `start` says where the run begins."""
     plan = setting.plan
     caches = make_disk_caches(setting) if replay is None else None
     components = load(setting, needed(setting, caches, replayed=replay is not None))
@@ -497,9 +602,17 @@ def build_session(
     wrap_blocks(setting, components, trained)
     optimizer = make_optimizer(setting, task)
     # the schedule spans --max_train_steps; a replay ends where its record does
-    state = TrainState(max_steps=min(plan.max_steps, replay.steps_per_epoch) if replay else plan.max_steps)
+    state = start.state
+    if replay:
+        state.max_steps = min(plan.max_steps, replay.steps_per_epoch)
+    if start.resume is not None:
+        restore(load_state(start.resume.folder), task.adapter.network, optimizer, start.resume.folder, state.step)
+    else:
+        optimizer.go_to(state.step)
     progress = Progress(plan, state, setting.device, events, track, show=setting.processes.is_main)
-    services, saver, _ = make_services(setting, components, task, conditioning, autocast, optimizer, progress)
+    if start.resume is not None:
+        progress.go_on(start.resume.head.get("average", ()))
+    services, saver, _ = make_services(setting, components, task, conditioning, autocast, optimizer, progress, start)
     data = replay or TrainData(
         readable.train,
         accumulation=plan.accumulation,
@@ -520,9 +633,16 @@ def build_session(
         optimizer=optimizer,
         progress=progress,
         services=services,
-        recorder=make_recorder(setting),
+        recorder=make_recorder(setting, start.keep_record),
+        control=make_control(setting, state, progress),
+        failures=FailureWriter(plan.names.beside("_nan_step"), record_meta(setting)),
         autocast=autocast,
     )
     if replay is None:
         add_validation(setting, session, readable, Trainer(session).losses)
+    if saver is not None:
+        writer = StateWriter(setting, start.identity, state, task, optimizer, progress)
+        options = plan.options[StateOptions]
+        names = state_names(plan.options)
+        services.services.append(StateService(StateSaver(options, saver, names, writer.write, time.monotonic)))
     return session, saver

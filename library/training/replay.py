@@ -35,15 +35,35 @@ class StepRecorder:
     Args:
         folder: new or empty folder.
         meta: content of `meta.json` besides the format.
+        keep: micro-steps of an earlier run that stay, when this one goes on from there; None needs a new folder.
     """
 
-    def __init__(self, folder: str, meta: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str, meta: Mapping[str, Any], keep: int | None = None) -> None:
         self.folder = Path(folder)
-        if self.folder.is_dir() and any(self.folder.glob("step_*.safetensors")):
+        if keep is None and self.folder.is_dir() and any(self.folder.glob("step_*.safetensors")):
             raise UserError("--record_steps", folder, "holds a record already; name another folder or remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
+        if keep is not None:
+            self._cut_back(keep)
         write_text_atomic(self.folder / "meta.json", json.dumps({"format": FORMAT, **meta}, indent=1))
-        self._lines = open(self.folder / "steps.jsonl", "w", encoding="utf-8")
+        self._lines = open(self.folder / "steps.jsonl", "a" if keep is not None else "w", encoding="utf-8")
+
+    def _cut_back(self, keep: int) -> None:
+        """Only the first `keep` micro-steps stay; what the earlier run recorded beyond its state happens again."""
+        path = self.folder / "steps.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = []
+        for line in lines:
+            try:
+                number = json.loads(line)["step"]
+            except (ValueError, KeyError):
+                continue  # the last line of a killed run
+            if number < keep:
+                kept.append(line + "\n")
+        write_text_atomic(path, "".join(kept))
+        for file in self.folder.glob("step_*.safetensors"):
+            if int(file.stem.removeprefix("step_")) >= keep:
+                file.unlink()
 
     def write(self, number: int, inputs: StepInputs, loss: float, rates: Mapping[str, float]) -> None:
         """Add micro-step `number` (from 0)."""
@@ -73,6 +93,28 @@ class StepRecorder:
     def close(self) -> None:
         """Finish the record."""
         self._lines.close()
+
+
+class FailureWriter:
+    """Writes the inputs of a step that went wrong as a record of its own, to look at or to replay.
+
+    Args:
+        folder: start of the folders' names.
+        meta: as of a record.
+    """
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.meta = meta
+
+    def write(self, step: int, inputs: Sequence[StepInputs], losses: Sequence[float]) -> Path:
+        """The micro-steps of optimizer step `step` (from 1); returns the folder."""
+        folder = self.folder.with_name(f"{self.folder.name}{step:08d}")
+        recorder = StepRecorder(str(folder), self.meta, keep=0)
+        for number, (one, loss) in enumerate(zip(inputs, losses)):
+            recorder.write(number, one, loss, {})
+        recorder.close()
+        return folder
 
 
 class Replay:

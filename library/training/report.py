@@ -122,6 +122,23 @@ class Progress:
         self._waited = 0.0
         self._started = time.monotonic()
 
+    def go_on(self, average: Sequence[float]) -> None:
+        """Take up the numbers of an earlier run: its average, and what its event log still holds."""
+        for loss in average:
+            self.average.add(loss)
+        for event in self.events.kept:
+            if event["event"] == "step":
+                self.steps.append(event["step"])
+                self.losses.append(event["loss"])
+            elif event["event"] == "validation":
+                self.validation.append((event["step"], event["loss"]))
+
+    def status(self) -> str:
+        """The numbers of now, in words."""
+        self.flush()
+        last = f"loss {self.losses[-1]:.4f}, " if self.losses else ""
+        return f"{last}average {self.average.value:.4f}"
+
     def waited(self, seconds: float) -> None:
         """Time the loop stood still for data."""
         self._waited += seconds

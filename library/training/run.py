@@ -1,16 +1,24 @@
 """One training run from checked options to its result."""
 
+import os
 import random
-from collections.abc import Mapping
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
+from library.base.errors import UserError, raise_problems
 from library.base.logs import logger
+from library.base.randomness import address
 from library.checkpoint.saver import Names
+from library.checkpoint.state_files import recover
 from library.data.sheets import debug_lines, debug_sheets
 from library.family import Family
 from library.optim.schedulers import build_schedule
@@ -25,11 +33,13 @@ from library.options.precision import PrecisionOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import LengthOptions, ScheduleOptions
 from library.options.schema import OptionSet
+from library.options.state import StateOptions
 from library.options.tracking import TrackingOptions
 from library.tracking.events import EventLog
-from library.training.build import Setting, build_session
+from library.training.build import Setting, Start, build_session
 from library.training.caches import keeps_texts_on_disk
 from library.training.checks import Inspected, inspect_run
+from library.training.control import Orders
 from library.training.distributed import Processes, start_processes
 from library.training.engine import Trainer
 from library.training.memory import available_bytes, module_bytes, readable
@@ -43,6 +53,14 @@ from library.training.plan import (
 )
 from library.training.replay import Replay
 from library.training.report import plan_rows, table
+from library.training.resume import (
+    Resume,
+    data_fingerprint,
+    find_resume,
+    network_shape,
+    resume_problems,
+    starting_state,
+)
 from library.training.session import Session
 from library.training.state import TrainState
 
@@ -56,12 +74,16 @@ class TrainResult:
         saved: result files that are still there.
         losses: loss of every optimizer step.
         validation: (step, loss) of every validation.
+        stopped: what ended it before its last step, in words; empty when it ran to its end.
+        exit_code: of the process: 0, or 128 + the number of the signal that stopped it.
     """
 
     state: TrainState | None
     saved: tuple[Path, ...] = ()
     losses: tuple[float, ...] = ()
     validation: tuple[tuple[int, float], ...] = ()
+    stopped: str = ""
+    exit_code: int = 0
 
 
 def run(family: Family, task: str, options: OptionSet) -> TrainResult:
@@ -75,7 +97,12 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
     processes = start_processes(
         options[PrecisionOptions].mixed_precision, "tensorboard" if log_folder else None, log_folder
     )
-    seed = _shared_seed(options[LengthOptions].seed)
+    if processes.is_main and options[StateOptions].resume:
+        recover(Path(options[SavingOptions].output_dir))
+    processes.wait_for_all()
+    resume = find_resume(options)
+    seed = options[LengthOptions].seed
+    seed = _shared_seed(resume.seed if seed is None and resume is not None else seed)
     inspected = inspect_run(family, options, seed, is_main=processes.is_main)
     plan, replay = make_plan(options, inspected, processes, seed)
     logger.info("%s", table("plan", plan_rows(plan, _facts(family, options, plan, processes))))
@@ -86,21 +113,130 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
         logger.info("--dry_run: stopped before training")
         return TrainResult(None)
     set_backend_flags(options[PrecisionOptions])
-    events = EventLog(plan.names.beside("_events.jsonl") if processes.is_main else None)
-    events.write("start", family=family.name, task=task, seed=seed, steps=plan.max_steps, epochs=plan.num_epochs)
-    accelerator = processes.accelerator
-    if log_folder:
-        accelerator.init_trackers(tracking.log_tracker_name or family.tracker_name(task, options))
     setting = Setting(family=family, task_name=task, plan=plan, inspected=inspected, processes=processes)
-    session, saver = build_session(setting, replay, events, lambda values, step: accelerator.log(values, step=step))
+    with output_lock(plan.names, is_main=processes.is_main):
+        start = make_start(setting, resume)
+        keep = start.state.step if resume is not None else None
+        events = EventLog(plan.names.beside("_events.jsonl") if processes.is_main else None, keep)
+        return _train(setting, start, replay, events, log_folder)
+
+
+def _train(
+    setting: Setting, start: Start, replay: Replay | None, events: EventLog, log_folder: str | None
+) -> TrainResult:
+    """Load, train, finish."""
+    family, plan, processes = setting.family, setting.plan, setting.processes
+    options, accelerator = plan.options, processes.accelerator
+    events.write(
+        "start" if start.resume is None else "resume",
+        family=family.name,
+        task=setting.task_name,
+        seed=plan.seed,
+        step=start.state.step,
+        steps=plan.max_steps,
+        epochs=plan.num_epochs,
+    )
+    if log_folder:
+        name = options[TrackingOptions].log_tracker_name or family.tracker_name(setting.task_name, options)
+        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": start.state.step}})
+    session, saver = build_session(
+        setting, replay, events, lambda values, step: accelerator.log(values, step=step), start
+    )
     logger.info("%s", _memory_line(session, processes))
-    state = Trainer(session).run()
+    if processes.is_main:
+        logger.info(
+            "process %d: Ctrl+C or SIGTERM finishes the step, saves the state and stops; orders go into %s",
+            os.getpid(),
+            session.control.file,
+        )
+    trainer = Trainer(session)
+    state = trainer.run()
     saved = tuple(saver.saved) if saver else ()
-    finish(session, saved)
+    stopped, code = "", 0
+    if trainer.stopped is not None:
+        stopped, code = _stop(session, trainer.stopped)
+    finish(session, saved, stopped)
     if log_folder:
         accelerator.end_training()
     progress = session.progress
-    return TrainResult(state, saved, tuple(progress.losses), tuple(progress.validation))
+    return TrainResult(state, saved, tuple(progress.losses), tuple(progress.validation), stopped, code)
+
+
+def _stop(session: Session, orders: Orders) -> tuple[str, int]:
+    """Save what is needed to go on, unless the order was to drop it; in words, and the exit code."""
+    number = session.control.signal_number
+    code = 0 if not orders.signalled else 128 + (number or signal.SIGTERM)
+    if "abort" in orders.verbs and not orders.signalled:
+        return f"stopped at step {session.state.step} without saving", code
+    session.services.ordered("save_state", session.state)
+    session.processes.wait_for_all()
+    return f"stopped at step {session.state.step}; go on with --resume auto", code
+
+
+def make_start(setting: Setting, resume: Resume | None) -> Start:
+    """Where the run begins, checked against the state it goes on from.
+
+    Raises:
+        UserError: it cannot go on from there.
+    """
+    plan, options = setting.plan, setting.plan.options
+    data = data_fingerprint(plan.images)
+    shape = network_shape(options, setting.family.default_network)
+    if resume is not None:
+        raise_problems(
+            resume_problems(resume, options, family=setting.family.name, task=setting.task_name, shape=shape, data=data)
+        )
+    state = starting_state(
+        resume,
+        options,
+        max_steps=plan.max_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        window=plan.accumulation * plan.world_size,
+        data=data,
+    )
+    if state.step >= plan.max_steps and (resume is None or state.step > plan.max_steps):
+        message = f"the run would begin at step {state.step} of {plan.max_steps}; raise --max_train_steps"
+        raise UserError("--max_train_steps", plan.max_steps, message)
+    own = resume is not None and not resume.head.get("foreign")
+    started = resume.head["started_at"] if own else time.time()
+    identity = {
+        "session_id": resume.head["session_id"] if own else address(int(started * 1000), "session") % 2**32,
+        "started_at": started,
+        "family": setting.family.name,
+        "task": setting.task_name,
+        "seed": plan.seed,
+        "network": shape,
+        "data": data,
+        "output_name": plan.names.base or "last",
+    }
+    asked = bool(options[StateOptions].resume)
+    return Start(state, resume, identity, state.micro_step if asked else None)
+
+
+@contextmanager
+def output_lock(names: Names, *, is_main: bool) -> Iterator[None]:
+    """One run at a time writes results of a name into a folder; a killed run's lock is gone with it.
+
+    Raises:
+        UserError: another run does.
+    """
+    if not is_main:
+        yield
+        return
+    names.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(names.folder / f".{names.base or 'last'}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        message = (
+            f"another run is writing results named {names.base or 'last'!r} there; wait for it, or choose another "
+            "--output_dir or --output_name"
+        )
+        raise UserError("--output_dir", str(names.folder), message) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def show_dataset(plan: RunPlan, *, is_main: bool) -> None:
@@ -115,12 +251,14 @@ def show_dataset(plan: RunPlan, *, is_main: bool) -> None:
     logger.info("--debug_dataset: stopped before training")
 
 
-def finish(session: Session, saved: tuple[Path, ...]) -> None:
-    """Close files and say what there is now."""
+def finish(session: Session, saved: tuple[Path, ...], stopped: str = "") -> None:
+    """Close files and say what there is now, and what ended the run if it was not its last step."""
     if session.recorder is not None:
         session.recorder.close()
     progress = session.progress
-    if session.processes.is_main:
+    if session.processes.is_main and stopped:
+        logger.info("%s", stopped)
+    elif session.processes.is_main:
         usage = "load it as a LoRA in your image program, or go on with --network_weights " + str(saved[-1])
         logger.info("%s", progress.summary(session.plan.names, saved, usage))
     progress.events.write("end", step=session.state.step, epoch=session.state.epoch, saved=[str(p) for p in saved])

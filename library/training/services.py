@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from library.checkpoint.saver import Saver
+from library.checkpoint.saver import Saver, StateSaver
 from library.options.sampling import SamplingOptions
 from library.sampling.runner import SampleRunner
 from library.training.report import Progress
@@ -29,6 +29,10 @@ class Service(Protocol):
 
     def train_end(self, state: TrainState) -> None:
         """After the last step."""
+        ...
+
+    def ordered(self, verb: str, state: TrainState) -> None:
+        """Somebody asked for `save`, `save_state`, `sample` or `eval`."""
         ...
 
 
@@ -57,6 +61,11 @@ class ServiceList:
         """See Service."""
         for service in self.services:
             service.train_end(state)
+
+    def ordered(self, verb: str, state: TrainState) -> None:
+        """See Service."""
+        for service in self.services:
+            service.ordered(verb, state)
 
 
 class SamplingService:
@@ -89,6 +98,11 @@ class SamplingService:
     def train_end(self, state: TrainState) -> None:
         """Nothing."""
 
+    def ordered(self, verb: str, state: TrainState) -> None:
+        """Samples now."""
+        if verb == "sample":
+            self._make(f"{state.step:06d}")
+
     def _make(self, occasion: str) -> None:
         with self.evaluating():
             self.runner.run(occasion)
@@ -114,6 +128,38 @@ class SavingService:
     def train_end(self, state: TrainState) -> None:
         """The final result."""
         self.saver.at_end(state.step, state.epoch)
+
+    def ordered(self, verb: str, state: TrainState) -> None:
+        """A result now."""
+        if verb == "save":
+            self.saver.now(state.step, state.epoch)
+
+
+class StateService:
+    """Saves training states; only on the main process, and after everything else that happens at a boundary."""
+
+    def __init__(self, saver: StateSaver) -> None:
+        self.saver = saver
+
+    def train_start(self, state: TrainState) -> None:
+        """Nothing."""
+
+    def step_end(self, state: TrainState) -> None:
+        """With results, or by time."""
+        self.saver.after_step(state.step, state.epoch)
+
+    def epoch_end(self, state: TrainState) -> None:
+        """With results."""
+        self.saver.after_epoch(state.step, state.epoch)
+
+    def train_end(self, state: TrainState) -> None:
+        """At the end."""
+        self.saver.at_end(state.step, state.epoch)
+
+    def ordered(self, verb: str, state: TrainState) -> None:
+        """A state now."""
+        if verb == "save_state":
+            self.saver.now(state.step, state.epoch)
 
 
 class ValidationService:
@@ -151,6 +197,11 @@ class ValidationService:
     def train_end(self, state: TrainState) -> None:
         """The final loss, unless the last step had one."""
         if self._last != state.step:
+            self._run(state, per_epoch=False)
+
+    def ordered(self, verb: str, state: TrainState) -> None:
+        """Validate now."""
+        if verb == "eval":
             self._run(state, per_epoch=False)
 
     def _run(self, state: TrainState, *, per_epoch: bool) -> None:

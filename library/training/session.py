@@ -10,10 +10,11 @@ from library.modules.components import Components
 from library.optim.driver import OptimizerDriver
 from library.strategy_base import Strategies
 from library.training.conditioning import ConditioningSource
+from library.training.control import Control
 from library.training.distributed import Processes
 from library.training.inputs import StepInputsSource
 from library.training.plan import RunPlan
-from library.training.replay import StepRecorder
+from library.training.replay import FailureWriter, StepRecorder
 from library.training.report import Progress
 from library.training.services import ServiceList
 from library.training.state import TrainState
@@ -45,4 +46,6 @@ class Session:
     progress: Progress
     services: ServiceList
     recorder: StepRecorder | None
+    control: Control
+    failures: FailureWriter
     autocast: Callable[[], AbstractContextManager[None]]

@@ -67,8 +67,8 @@ def test_sheet_places_pictures_and_texts():
 
 def test_long_texts_stay_in_their_cell():
     black = np.zeros((40, 40, 3), np.uint8)
-    sheet = np.asarray(contact_sheet([(black, "m" * 400), (black, "")], columns=2, cell=80))
-    assert sheet[GAP + 40 :, : GAP + 80].max() > 200
+    sheet = np.asarray(contact_sheet([(black, ""), (black, ""), (black, "m" * 400)], columns=2, cell=80))
+    assert sheet[:, : GAP + 80].max() > 200
     assert sheet[:, GAP + 80 + GAP :].max() < 50
 
 
@@ -118,7 +118,7 @@ def test_one_sheet_per_bucket_with_a_limit(tmp_path):
     stripes(tmp_path / "tall.png", [GREEN], size=(64, 128))
     sets = scanned(tmp_path, dataset={"enable_bucket": True, "min_bucket_reso": 32, "bucket_reso_steps": 8}.items())
     paths = debug_sheets(sets, settings(), tmp_path / "out", "s", limit=2)
-    assert [path.name for path in paths] == ["s_dataset0_40x96.png", "s_dataset0_96x40.png"] or len(paths) == 2
+    assert [path.name for path in paths] == ["s_dataset0_40x88.png", "s_dataset0_88x40.png"]
     wide = max(paths, key=lambda path: Image.open(path).width)
     assert Image.open(wide).width == GAP + 2 * (CELL + GAP)
     assert draw_buckets(sets, tmp_path / "buckets.png") == [tmp_path / "buckets.png"]

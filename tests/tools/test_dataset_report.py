@@ -149,8 +149,8 @@ def test_duplicates(tmp_path):
     shutil.copy(original, tmp_path / "same.png")
     picture(tmp_path / "smaller.jpg", 1, size=(48, 48), quality=85)
     picture(tmp_path / "other.png", 2)
-    for shade in (10, 200):  # flat pictures are not compared
-        Image.new("RGB", (64, 64), (shade,) * 3).save(tmp_path / f"flat{shade}.png")
+    for side in (64, 80):  # flat pictures are not compared
+        Image.new("RGB", (side, side), "grey").save(tmp_path / f"flat{side}.png")
     for low, high in ((0, 120), (130, 250)):  # same shape, other brightness
         ramp = np.tile(np.linspace(low, high, 64, dtype=np.uint8), (64, 1))
         Image.fromarray(ramp).save(tmp_path / f"ramp{low}.png")
@@ -226,7 +226,7 @@ def dataset_file(tmp_path):
     file = tmp_path / "data.toml"
     file.write_text(
         "[[datasets]]\nresolution = 64\nbatch_size = 2\n[[datasets.subsets]]\n"
-        f"image_dir = '{folder}'\ncaption_extension = '.txt'\n"
+        f"image_dir = '{folder}'\ncaption_extension = '.txt'\ncache_info = true\n"
     )
     return file
 

@@ -16,6 +16,10 @@ class TrainingTask(Protocol):
         """Optimizer groups and their log names. Raises UserError when nothing would be trained."""
         ...
 
+    def weights(self) -> dict[str, Tensor]:
+        """What a training state has to hold, by name."""
+        ...
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything that is trained."""
         ...

@@ -58,6 +58,10 @@ class NetworkTask:
             raise UserError("--learning_rate", self.learning_rate, message)
         return groups, names
 
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that a state has to hold."""
+        return dict(self.adapter.network.state_dict())
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """See TrainingTask."""
         return self.adapter.trainable_parameters()
