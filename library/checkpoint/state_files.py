@@ -4,10 +4,11 @@
 `optimizer.json` hold what is trained and how. `train_state.json` says where the run was in the words of sd-scripts.
 """
 
+import glob
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,27 @@ def recover(parent: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(aside, place)
+
+
+def sweep_half_written(folder: Path, base: str, is_alive: Callable[[int], bool]) -> int:
+    """Remove what killed runs of a name were writing: `.<base>...<process>.tmp`; returns how many.
+
+    Args:
+        folder: of the results.
+        base: `--output_name`.
+        is_alive: whether a process with this id runs.
+    """
+    count = 0
+    for path in folder.glob(f".{glob.escape(base)}*.tmp"):
+        owner = path.name.split(".")[-2]
+        if not owner.isdecimal() or is_alive(int(owner)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        count += 1
+    return count
 
 
 def read_head(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from library.base.errors import UserError, raise_problems
 from library.base.logs import logger
 from library.base.randomness import address
 from library.checkpoint.saver import Names
-from library.checkpoint.state_files import recover
+from library.checkpoint.state_files import recover, sweep_half_written
 from library.data.sheets import debug_lines, debug_sheets
 from library.family import Family
 from library.optim.schedulers import build_schedule
@@ -40,7 +40,7 @@ from library.training.build import Setting, Start, build_session
 from library.training.caches import keeps_texts_on_disk
 from library.training.checks import Inspected, inspect_run
 from library.training.control import Orders
-from library.training.distributed import Processes, start_processes
+from library.training.distributed import Processes, process_is_alive, start_processes
 from library.training.engine import Trainer
 from library.training.memory import available_bytes, module_bytes, readable
 from library.training.plan import (
@@ -234,6 +234,7 @@ def output_lock(names: Names, *, is_main: bool) -> Iterator[None]:
         )
         raise UserError("--output_dir", str(names.folder), message) from error
     try:
+        sweep_half_written(names.folder, names.base or "last", process_is_alive)
         yield
     finally:
         lock.release()

@@ -3,6 +3,7 @@
 import logging
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 
@@ -275,7 +276,7 @@ def test_main_runs_the_engine_with_the_options(monkeypatch):
 
     def fake_resolve(reference):
         if reference == "library.training.run:run":
-            return lambda *arguments: calls.append(arguments)
+            return lambda *arguments: calls.append(arguments) or SimpleNamespace(exit_code=0)
         return resolve(reference)
 
     monkeypatch.setattr(train_util, "resolve", fake_resolve)
