@@ -1,6 +1,7 @@
 """The door to training: for the scripts, and the same from Python."""
 
 import argparse
+import errno
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from library.options.precision import PrecisionOptions
 from library.options.schema import OptionSet, write_config
 
 logger = logging.getLogger("diffusion_scripts")
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def load_family(name: str) -> Family:
@@ -286,6 +288,14 @@ def main(
             sys.exit(result.exit_code)
     except UserError as error:
         sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        what = error.filename or "a file"
+        sys.stderr.write(
+            f"error: {what}: cannot be written: {error.strerror}; make room, then go on with --resume auto\n"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

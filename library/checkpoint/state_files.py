@@ -125,8 +125,14 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def present(folder: Path) -> Path:
+    """The folder of a state, or where it stepped aside to when its run was killed at that very moment."""
+    aside = _aside(folder)
+    return aside if not folder.exists() and aside.is_dir() else folder
+
+
 def recover(parent: Path) -> None:
-    """Bring back states that had stepped aside when their run was killed, and remove what was half written."""
+    """Bring back states that had stepped aside when their run was killed; only while no other run is at work there."""
     if not parent.is_dir():
         return
     for aside in parent.glob(".*-state.old"):
@@ -233,13 +239,14 @@ def _read_foreign(folder: Path, head: dict[str, Any]) -> SavedState:
 def find_states(parent: Path, base: str) -> list[Path]:
     """Folders of states of a run's name, the furthest last; damaged ones are left out."""
     found = []
-    for folder in sorted(parent.glob("*-state")) if parent.is_dir() else []:
+    asides = {parent / place.name[1:].removesuffix(".old") for place in parent.glob(".*-state.old")}
+    for folder in sorted({*parent.glob("*-state"), *asides}) if parent.is_dir() else []:
         if not (folder.name == f"{base}-state" or folder.name.startswith(f"{base}-")):
             continue
         try:
-            head = read_head(folder)
+            head = read_head(present(folder))
         except CheckpointError:
             continue
         if not head.get("foreign") and head.get("output_name") == base:
-            found.append((head["step"], (folder / HEAD).stat().st_mtime_ns, folder))
+            found.append((head["step"], (present(folder) / HEAD).stat().st_mtime_ns, folder))
     return [folder for _, _, folder in sorted(found)]

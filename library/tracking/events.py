@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from library.base.logs import logger
 from library.base.safetensors_io import write_text_atomic
 
 
@@ -33,8 +34,12 @@ class EventLog:
         """Add one event with the current time (seconds since 1970)."""
         if self._file is not None:
             line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, ensure_ascii=False)
-            self._file.write(line + "\n")
-            self._file.flush()
+            try:
+                self._file.write(line + "\n")
+                self._file.flush()
+            except OSError as error:  # a log is no reason to lose a training
+                logger.warning("%s cannot be written any more (%s)", self.path, error.strerror or error)
+                self._file = None
 
     def close(self) -> None:
         """Close the file."""

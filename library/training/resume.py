@@ -10,7 +10,7 @@ from library.base.logs import logger
 from library.base.safetensors_io import TensorFile
 from library.caching.fingerprints import digest
 from library.checkpoint.saver import Names
-from library.checkpoint.state_files import SavedState, find_states, read_head, read_state, recover
+from library.checkpoint.state_files import SavedState, find_states, present, read_head, read_state
 from library.data.build import ImageSets
 from library.optim.driver import OptimizerDriver
 from library.options.hub import HubOptions
@@ -54,7 +54,6 @@ def find_resume(options: OptionSet) -> Resume | None:
         folder = _from_hub(given, options[HubOptions])
     elif given == "auto":
         names = state_names(options)
-        recover(names.folder)
         states = find_states(names.folder, names.base or "last")
         if not states:
             logger.info("--resume auto: no state of %r in %s yet, starting anew", names.base or "last", names.folder)
@@ -62,8 +61,7 @@ def find_resume(options: OptionSet) -> Resume | None:
         folder = states[-1]
     else:
         folder = Path(given)
-        recover(folder.parent)
-    head = read_head(folder)
+    head = read_head(present(folder))
     logger.info("going on from %s (step %d, epoch %d)", folder, head["step"], head["epoch"])
     if head.get("foreign"):
         message = (

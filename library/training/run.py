@@ -97,15 +97,15 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
     processes = start_processes(
         options[PrecisionOptions].mixed_precision, "tensorboard" if log_folder else None, log_folder
     )
-    if processes.is_main and options[StateOptions].resume:
-        recover(Path(options[SavingOptions].output_dir))
-    processes.wait_for_all()
     resume = find_resume(options)
     seed = options[LengthOptions].seed
     seed = _shared_seed(resume.seed if seed is None and resume is not None else seed)
     inspected = inspect_run(family, options, seed, is_main=processes.is_main)
     plan, replay = make_plan(options, inspected, processes, seed)
-    logger.info("%s", table("plan", plan_rows(plan, _facts(family, options, plan, processes))))
+    setting = Setting(family=family, task_name=task, plan=plan, inspected=inspected, processes=processes)
+    start = make_start(setting, resume)
+    facts = {**_facts(family, options, plan, processes), **_start_facts(start)}
+    logger.info("%s", table("plan", plan_rows(plan, facts)))
     if options[DataOptions].debug_dataset:
         show_dataset(plan, is_main=processes.is_main)
         return TrainResult(None)
@@ -113,9 +113,10 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
         logger.info("--dry_run: stopped before training")
         return TrainResult(None)
     set_backend_flags(options[PrecisionOptions])
-    setting = Setting(family=family, task_name=task, plan=plan, inspected=inspected, processes=processes)
     with output_lock(plan.names, is_main=processes.is_main):
-        start = make_start(setting, resume)
+        if processes.is_main and resume is not None:
+            recover(resume.folder.parent)
+        processes.wait_for_all()
         keep = start.state.step if resume is not None else None
         events = EventLog(plan.names.beside("_events.jsonl") if processes.is_main else None, keep)
         return _train(setting, start, replay, events, log_folder)
@@ -338,6 +339,15 @@ def _shared_seed(given: int | None) -> int:
         return given
     drawn = [random.SystemRandom().randrange(2**32)]
     return broadcast_object_list(drawn)[0]
+
+
+def _start_facts(start: Start) -> Mapping[str, str]:
+    """Where the run begins, if not at the beginning."""
+    state = start.state
+    if state.step == 0 and start.resume is None:
+        return {}
+    place = f"step {state.step}, epoch {state.epoch}, after {state.batch_in_epoch} of its batches"
+    return {"begins at": place + (f" (state {start.resume.folder})" if start.resume is not None else "")}
 
 
 def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Processes) -> Mapping[str, Any]:

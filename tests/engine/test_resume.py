@@ -331,3 +331,28 @@ def test_two_trainings_in_one_process_do_not_touch_each_other(inputs, tmp_path, 
         runs = Runs(inputs, tmp_path / name, family)
         outcome = runs.go(12)
     assert_same(straight, outcome, runs.tensors())
+
+
+def test_a_state_that_had_stepped_aside_is_found(runs, straight):
+    """Killed between the old state's leaving and the new one's moving in."""
+    runs.go(5, *END)
+    (runs.out / "last-state").rename(runs.out / ".last-state.old")
+    assert_same(straight, runs.go(12, *AUTO), runs.tensors())
+    assert runs.states() == ["last-state"]
+
+
+def test_a_dry_run_says_where_it_would_go_on_and_what_does_not_fit(runs, messages):
+    runs.go(5, *END)
+    outcome = runs.go(12, *AUTO, "--dry_run")
+    assert outcome.state is None
+    assert "step 5, epoch 1, after 5 of its batches" in messages.text
+    with pytest.raises(UserError, match="network_dim"):
+        runs.go(12, *AUTO, "--dry_run", dim="8")
+    assert len([e for e in events(runs.out) if e["event"] == "step"]) == 5
+
+
+def test_a_state_on_the_hub_that_cannot_be_fetched(runs):
+    with pytest.raises(UserError, match="expected owner/repository/folder"):
+        runs.go(2, "--resume", "somewhere", "--resume_from_huggingface")
+    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+        runs.go(2, "--resume", "nobody/nothing/last-state", "--resume_from_huggingface")

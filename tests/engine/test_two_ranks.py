@@ -94,3 +94,30 @@ def test_ranks_share_a_drawn_seed_and_wait_longer_than_a_collective_may(tmp_path
     seeds = re.findall(r"<seed (\d+)>", done.stdout)
     assert len(seeds) == 2 and seeds[0] == seeds[1]
     assert "<rank 0 arrived>" in done.stdout and "<rank 1 arrived>" in done.stdout
+
+
+@pytest.mark.dist
+def test_two_ranks_go_on_from_the_state_of_one_process(inputs, tmp_path):
+    """Positions count batches over all processes: two ranks take what accumulation two would have taken."""
+
+    def arguments(name, steps, accumulation):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        toml = dataset_toml(folder, inputs, batch_size=2, subset="flip_aug = true\nshuffle_caption = true")
+        more = ("--gradient_accumulation_steps", accumulation, "--network_train_unet_only", "--cache_latents")
+        given = network_arguments("flux", inputs, folder, toml, *more, "--resume", "auto")
+        given[given.index("--max_train_steps") + 1] = steps
+        return [*given, "--save_state_on_train_end"]
+
+    run_training("flux", arguments("straight", "6", "2"))
+    run_training("flux", arguments("split", "2", "2"))
+    done = launch(SCRIPTS["flux"], arguments("split", "6", "1"), 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    straight, split = (
+        [event["loss"] for event in events(tmp_path / name / "out") if event["event"] == "step"]
+        for name in ("straight", "split")
+    )
+    assert split == pytest.approx(straight, rel=1e-5)
+    a, b = (load_file(tmp_path / name / "out" / "last.safetensors") for name in ("straight", "split"))
+    error = sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
+    assert error <= 1e-3 * sum(float(a[name].square().sum()) for name in a if "lora_up" in name) ** 0.5
