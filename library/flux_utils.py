@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from library.base.errors import CheckpointError, Problem, raise_problems
-from library.base.safetensors_io import TensorFile
+from library.base.safetensors_io import KnownShapes, TensorFile
 from library.flux_models import Flux, FluxParams
 from library.modules.clip import load_clip_text
 from library.modules.components import Components, Need, Variant
@@ -21,9 +21,9 @@ _QUERY_NORM = "double_blocks.0.img_attn.norm.query_norm.scale"
 _FOREIGN = {
     "transformer_blocks.0.attn.add_k_proj.bias": "is in the diffusers layout; the published single file is needed",
     "distilled_guidance_layer.in_proj.weight": "is a Chroma checkpoint; this version trains FLUX.1 dev and schnell",
-    "encoder.conv_in.weight": "is an autoencoder, not the transformer",
-    "text_model.embeddings.token_embedding.weight": "is a CLIP text encoder, not the transformer",
-    "shared.weight": "is a T5 encoder, not the transformer",
+    "encoder.conv_in.weight": "is an autoencoder, for --ae; name the transformer",
+    "text_model.embeddings.token_embedding.weight": "is a CLIP text encoder, for --clip_l; name the transformer",
+    "shared.weight": "is a T5 encoder, for --t5xxl; name the transformer",
 }
 
 
@@ -39,7 +39,9 @@ def open_transformer(path: str) -> tuple[TensorFile, str]:
         if prefix + name in file:
             raise CheckpointError(path, message=reason)
     if prefix + _QUERY_NORM not in file:
-        raise CheckpointError(path, message=f"holds no FLUX.1 transformer (no tensor {_QUERY_NORM})")
+        raise CheckpointError(
+            path, message=f"holds no FLUX.1 transformer (no tensor {_QUERY_NORM}); name the published single file"
+        )
     return file, prefix
 
 
@@ -51,7 +53,8 @@ def rope_axes(head_size: int) -> tuple[int, int, int]:
 
 def flux_params(file: TensorFile, prefix: str) -> FluxParams:
     """Sizes of the transformer from tensor shapes; `config` in the file's metadata may set heads and rotary axes."""
-    shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)}
+    bare = {name.removeprefix(prefix): shape for name, shape in file.shapes.items() if name.startswith(prefix)}
+    shapes = KnownShapes(bare, file.path)
     hidden, in_channels = shapes["img_in.weight"]
     head_size = shapes[_QUERY_NORM][0]
     config = merge_config(
@@ -129,7 +132,7 @@ def inspect(options: OptionSet) -> Variant:
     }
     for flag, (mark, reason) in marks.items():
         if not any(name.endswith(mark) for name in opened[flag].names):
-            raise CheckpointError(f"--{flag}", options.value(flag), f"{reason} (no tensor {mark})")
+            raise CheckpointError(f"--{flag}", options.value(flag), f"{reason} (no tensor {mark}); name another file")
     sizes = {
         "transformer": file.num_parameters(prefix),
         "CLIP-L": opened["clip_l"].num_parameters(),

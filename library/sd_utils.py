@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from library.base.errors import CheckpointError
-from library.base.safetensors_io import TensorFile
+from library.base.safetensors_io import KnownShapes, TensorFile
 from library.modules.clip import load_clip_text
 from library.modules.components import Components, Need, Variant
 from library.modules.loading import load_module, merge_config, open_model_file, readers
@@ -33,14 +33,15 @@ def open_checkpoint(path: str) -> TensorFile:
         raise CheckpointError(path, message="is a Stable Diffusion 2.x checkpoint; this version trains 1.x")
     if f"{_UNET}input_blocks.0.0.weight" not in file:
         raise CheckpointError(
-            path, message=f"holds no Stable Diffusion U-Net (no tensor {_UNET}input_blocks.0.0.weight)"
+            path,
+            message=f"holds no Stable Diffusion U-Net (no tensor {_UNET}input_blocks.0.0.weight); name another file",
         )
     return file
 
 
 def detect_variant(file: TensorFile) -> Variant:
     """Sizes of the U-Net in an opened checkpoint; no weights are read."""
-    config = unet_config({ours: file.shapes[theirs] for ours, theirs in _unet_tensors(file).items()})
+    config = unet_config(_unet_shapes(file))
     return Variant(name="v1", base_model_version="sd_v1", config=config)
 
 
@@ -50,13 +51,18 @@ def _unet_tensors(file: TensorFile) -> dict[str, str]:
     return {ours: _UNET + theirs for ours, theirs in unet_names(bare).items()}
 
 
+def _unet_shapes(file: TensorFile) -> KnownShapes:
+    """Shapes by diffusers name."""
+    return KnownShapes({ours: file.shapes[theirs] for ours, theirs in _unet_tensors(file).items()}, file.path)
+
+
 def load_unet(file: TensorFile, need: Need) -> Any:
     """diffusers' UNet2DConditionModel with the checkpoint's weights."""
     from diffusers import UNet2DConditionModel
 
     names = _unet_tensors(file)
     config = merge_config(
-        unet_config({ours: file.shapes[theirs] for ours, theirs in names.items()}),
+        unet_config(_unet_shapes(file)),
         file,
         fixed=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"),
     )
@@ -78,6 +84,9 @@ def inspect(options: OptionSet) -> Variant:
     """
     file = open_checkpoint(options.value("pretrained_model_name_or_path"))
     own = options.value("vae")
+    mark = "encoder.conv_in.weight"
+    if own and not any(name.endswith(mark) for name in open_model_file("--vae", own).names):
+        raise CheckpointError("--vae", own, f"holds no VAE (no tensor {mark}); name another file")
     sizes = {
         "U-Net": file.num_parameters(_UNET),
         "text encoder": file.num_parameters(_TEXT),

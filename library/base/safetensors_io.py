@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,24 @@ from torch import Tensor
 from library.base.errors import CheckpointError
 
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+_AGAIN = "; download or copy it again, or name another file"
+_NOT_WEIGHTS = "cannot be read as weights only (it holds code or is damaged); use a .safetensors file or convert it"
+
+
+class KnownShapes(dict[str, tuple[int, ...]]):
+    """Shapes by tensor name; asking for one that a file lacks says so.
+
+    Args:
+        shapes: by name.
+        path: the file.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+        super().__init__(shapes)
+        self.path = path
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise CheckpointError(str(self.path), message=f"lacks the tensor {name}{_AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -40,25 +59,30 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         with open(path, "rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(str(path), message="is not a safetensors file (shorter than 8 bytes)")
+                raise CheckpointError(str(path), message=f"is not a safetensors file (shorter than 8 bytes){_AGAIN}")
             (length,) = struct.unpack("<Q", prefix)
             if length > 100_000_000:
-                raise CheckpointError(str(path), message="is not a safetensors file (no header found)")
+                raise CheckpointError(str(path), message=f"is not a safetensors file (no header found){_AGAIN}")
             header = json.loads(file.read(length))
             size = file.seek(0, os.SEEK_END)
     except OSError as error:
         raise CheckpointError(str(path), message=f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(
-            str(path), message="is not a safetensors file, or is damaged (unreadable header)"
+            str(path), message=f"is not a safetensors file, or is damaged (unreadable header){_AGAIN}"
         ) from error
-    metadata = header.pop("__metadata__", {})
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        metadata = header.pop("__metadata__", {})
+        infos = {name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        message = f"is not a safetensors file, or is damaged (its header describes no tensors){_AGAIN}"
+        raise CheckpointError(str(path), message=message) from error
     if size != 8 + length + end:
         raise CheckpointError(
             str(path), message=f"is damaged: {size} bytes where its header promises {8 + length + end}; copy it again"
         )
-    return {name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}, metadata
+    return infos, metadata
 
 
 class TensorFile:
@@ -73,7 +97,7 @@ class TensorFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise CheckpointError(str(path), message="no such file")
+            raise CheckpointError(str(path), message="no such file; correct the path or name another file")
         self._pickle: dict[str, Tensor] | None = None
         self._file: Any = None
         if self.path.suffix.lower() in _PICKLE_SUFFIXES:
@@ -86,7 +110,7 @@ class TensorFile:
         try:
             self._file = safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(str(path), message=f"cannot be opened: {error}") from error
+            raise CheckpointError(str(path), message=f"cannot be opened: {error}{_AGAIN}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -131,20 +155,19 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except RuntimeError:  # written by torch < 1.6: cannot be mapped
         content = _load_unmapped(path)
     except Exception as error:
-        raise CheckpointError(str(path), message=f"cannot be read as weights only: {_first_line(error)}") from error
-    content = content.get("state_dict", content)
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        raise CheckpointError(str(path), message=_NOT_WEIGHTS) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if content else {}
+    if not tensors:
+        raise CheckpointError(str(path), message=f"holds no named tensors{_AGAIN}")
+    return tensors
 
 
 def _load_unmapped(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(str(path), message=f"cannot be read as weights only: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(str(path), message=_NOT_WEIGHTS) from error
 
 
 def load_file(path: str | Path) -> dict[str, Tensor]:
@@ -177,7 +200,22 @@ def save_file_atomic(
     """Write a safetensors file, complete or not at all."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        save_tensors(contiguous, temporary, metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """safetensors' writer.
+
+    Raises:
+        OSError: it cannot be written; the library's own error hides the reason's number.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -16,8 +16,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from library.base.safetensors_io import save_tensors
 
 FORMATS = ("npz", "safetensors")
 _LOCAL_HEADER = 30  # bytes before the name of a zip member; name and extra lengths are its last two 16-bit numbers
@@ -187,7 +188,7 @@ def write_cache(path: Path, arrays: Mapping[str, Tensor]) -> None:
                 name: value.to(torch.bfloat16) if value.dtype in (torch.float32, torch.float16) else value
                 for name, value in arrays.items()
             }
-            save_file({name: value.contiguous() for name, value in compact.items()}, temporary)
+            save_tensors({name: value.contiguous() for name, value in compact.items()}, temporary)
         else:
             plain = {
                 name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()

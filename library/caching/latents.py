@@ -263,7 +263,8 @@ class LatentFiles:
 
 def _cannot_write(path: object, error: OSError) -> UserError:
     reason = error.strerror or error
-    return UserError(str(path), message=f"cannot be written: {reason}; --cache_latents alone keeps latents in memory")
+    message = f"cannot be written: {reason}; make room, or use --cache_latents alone (memory)"
+    return UserError(str(path), message=message)
 
 
 class DiskLatents:

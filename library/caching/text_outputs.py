@@ -161,8 +161,9 @@ class TextFiles:
                 try:
                     path = write_text(self.layout, self.requests[base], outputs)
                 except OSError as error:
-                    message = f"cannot be written: {error.strerror or error}; --cache_text_encoder_outputs alone keeps "
-                    raise UserError(str(self.layout.path(base)), message=message + "them in memory") from error
+                    message = f"cannot be written: {error.strerror or error}; make room, or use "
+                    message += "--cache_text_encoder_outputs alone (memory)"
+                    raise UserError(str(self.layout.path(base)), message=message) from error
                 self.found[base] = FoundText(Status.VALID, path, ())
 
         with _bar(len(mine), "caching text encoder outputs", "image", show_progress) as bar:

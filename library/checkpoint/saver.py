@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from library.base.errors import UserError
 from library.base.logs import logger
 from library.options.saving import SavingOptions
@@ -117,8 +115,6 @@ class Saver:
             self.write(path, step, epoch)
         except OSError as error:
             raise cannot_save(path, error) from error
-        except SafetensorError as error:  # what its writer makes of a full disk
-            raise cannot_save(path, OSError(str(error))) from error
         if path not in self.saved:
             self.saved.append(path)
 
@@ -190,8 +186,6 @@ class StateSaver:
             self.write(folder, step, epoch)
         except OSError as error:
             raise cannot_save(folder, error) from error
-        except SafetensorError as error:
-            raise cannot_save(folder, OSError(str(error))) from error
         self.last_saved_at = self.clock()
         return folder
 

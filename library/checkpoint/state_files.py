@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from library.base.errors import CheckpointError
-from library.base.safetensors_io import load_file
+from library.base.safetensors_io import load_file, save_tensors
 
 FORMAT = 1
 HEAD = "state.json"
@@ -93,8 +92,10 @@ def write_state(folder: Path, state: SavedState) -> None:
     structure = encode(state.optimizer, "optimizer", tensors)
     try:
         temporary.mkdir()
-        save_file({name: one.detach().cpu().contiguous() for name, one in state.weights.items()}, temporary / _WEIGHTS)
-        save_file(tensors, temporary / _TENSORS)
+        save_tensors(
+            {name: one.detach().cpu().contiguous() for name, one in state.weights.items()}, temporary / _WEIGHTS
+        )
+        save_tensors(tensors, temporary / _TENSORS)
         _write_json(temporary / _STRUCTURE, structure)
         counters = {"current_epoch": state.head["epoch"], "current_step": state.head["step"]}
         _write_json(temporary / "train_state.json", counters)
@@ -231,7 +232,9 @@ def _read_foreign(folder: Path, head: dict[str, Any]) -> SavedState:
         try:
             optimizer = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
         except Exception as error:
-            message = f"cannot be read as weights only: {str(error).splitlines()[0]}"
+            message = (
+                "cannot be read as weights only: it holds code or is damaged; remove it to start the optimizer anew"
+            )
             raise CheckpointError("--resume", str(folder / "optimizer.bin"), message) from error
     return SavedState(head, weights, optimizer, foreign=True)
 

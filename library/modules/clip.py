@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from library.base.errors import CheckpointError
-from library.base.safetensors_io import TensorFile
+from library.base.safetensors_io import KnownShapes, TensorFile
 from library.modules.loading import highest_index, load_module, merge_config, readers
 
 _PUBLISHED = "text_model."
@@ -45,8 +45,11 @@ def load_clip_text(
     skipped = (f"{_PUBLISHED}embeddings.position_ids", "text_projection.weight", "logit_scale")
     stored = {name: original for name, original in stored.items() if name not in skipped}
     if f"{_PUBLISHED}embeddings.token_embedding.weight" not in stored:
-        raise CheckpointError(str(file.path), message=f"holds no {part} (no token embedding below {prefix!r})")
-    inferred = clip_text_config({name: file.shapes[original] for name, original in stored.items()})
+        raise CheckpointError(
+            str(file.path), message=f"holds no {part} (no token embedding below {prefix!r}); name another file"
+        )
+    shapes = KnownShapes({name: file.shapes[original] for name, original in stored.items()}, file.path)
+    inferred = clip_text_config(shapes)
     fixed = [key for key in inferred if key not in ("num_attention_heads", "hidden_act")]
     config = CLIPTextConfig(**merge_config(inferred, file, fixed=fixed), bos_token_id=None, eos_token_id=2)
     # transformers 5 dropped the `text_model.` level inside CLIPTextModel

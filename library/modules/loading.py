@@ -31,7 +31,7 @@ def open_model_file(flag: str, path: str) -> TensorFile:
             if re.fullmatch(r"[\w.-]+/[\w.-]+", path)
             else ""
         )
-        raise CheckpointError(flag, path, f"no such file{hint}")
+        raise CheckpointError(flag, path, f"no such file{hint or '; correct the path'}")
     return TensorFile(place)
 
 
@@ -65,7 +65,8 @@ def load_module(
         tensor = tensors[name]()
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                str(path), message=f"{part}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}"
+                str(path),
+                message=f"{part}: {name} has shape {list(tensor.shape)}, expected {list(shape)}; use another file",
             )
         value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
         _place(module, name, value)
@@ -91,7 +92,9 @@ def _check_names(expected: Iterable[str], found: Iterable[str], path: Path, part
         if names:
             more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             texts.append(f"{len(names)} {word}: {', '.join(names[:10])}{more}")
-    raise CheckpointError(str(path), message=f"does not hold the tensors of the {part}; " + "; ".join(texts))
+    raise CheckpointError(
+        str(path), message=f"does not hold the tensors of the {part}; " + "; ".join(texts) + "; name a complete file"
+    )
 
 
 def highest_index(names: Iterable[str], pattern: str) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from library.base.errors import CheckpointError
-from library.base.safetensors_io import TensorFile
+from library.base.safetensors_io import KnownShapes, TensorFile
 from library.modules.loading import highest_index, load_module, merge_config, readers
 
 _SHARED = "shared.weight"
@@ -42,8 +42,10 @@ def load_t5_encoder(file: TensorFile, *, dtype: torch.dtype, device: torch.devic
     if _SHARED not in names and _TIED in names:
         names[_SHARED] = names[_TIED]
     if _SHARED not in names or f"{_ATTENTION}.relative_attention_bias.weight" not in names:
-        raise CheckpointError(str(file.path), message="holds no T5 encoder (no shared embedding or relative bias)")
-    inferred = t5_config({name: file.shapes[stored] for name, stored in names.items()})
+        raise CheckpointError(
+            str(file.path), message="holds no T5 encoder (no shared embedding or relative bias); name another file"
+        )
+    inferred = t5_config(KnownShapes({name: file.shapes[stored] for name, stored in names.items()}, file.path))
     config = T5Config(**merge_config(inferred, file, fixed=inferred), feed_forward_proj="gated-gelu", dropout_rate=0.0)
     names[_TIED] = names[_SHARED]
     module = load_module(

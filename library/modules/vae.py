@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
-from library.base.safetensors_io import TensorFile
+from library.base.safetensors_io import KnownShapes, TensorFile
 from library.modules.loading import Reader, highest_index, load_module, merge_config, readers
 
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -71,11 +71,15 @@ def load_vae(file: TensorFile, prefix: str, *, dtype: torch.dtype, device: torch
 
     bare = [name.removeprefix(prefix) for name in file.names if name.startswith(prefix)]
     if "encoder.conv_in.weight" not in bare:
-        raise CheckpointError(str(file.path), message=f"holds no autoencoder (no encoder.conv_in below {prefix!r})")
+        raise CheckpointError(
+            str(file.path), message=f"holds no autoencoder (no encoder.conv_in below {prefix!r}); name another file"
+        )
     names = {name: name for name in bare} if _is_diffusers(bare) else vae_names(bare)
     stored = {ours: prefix + original for ours, original in names.items()}
     config = merge_config(
-        vae_config({ours: file.shapes[original] for ours, original in stored.items()}), file, fixed=("latent_channels",)
+        vae_config(KnownShapes({ours: file.shapes[original] for ours, original in stored.items()}, file.path)),
+        file,
+        fixed=("latent_channels",),
     )
     level = len(config["block_out_channels"])
     tensors = {

@@ -21,12 +21,14 @@ from library.modules.loading import open_model_file
 from library.optim.registry import build_optimizer
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.data import DataOptions, DatasetDict
+from library.options.debug import RecordOptions
 from library.options.loss import LossOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schema import OptionSet
+from library.options.tracking import TrackingOptions
 from library.options.validation import ValidationOptions
 from library.sampling.prompts import SampleDefaults, SampleRequest, read_prompts
 from library.strategy_base import Strategies
@@ -119,13 +121,31 @@ def _check_optimizer(options: OptionSet) -> None:
 
 
 def _output_problems(options: OptionSet) -> list[Problem]:
-    """Whether the folder of the results exists or can be made."""
-    folder = Path(options[SavingOptions].output_dir).absolute()
+    """Whether the folders that the run writes to exist or can be made."""
+    folders = {
+        "--output_dir": options[SavingOptions].output_dir,
+        "--logging_dir": options[TrackingOptions].logging_dir,
+        "--record_steps": options[RecordOptions].record_steps,
+    }
+    return [problem for flag, name in folders.items() if name for problem in _folder_problems(flag, name)]
+
+
+def _folder_problems(flag: str, name: str) -> list[Problem]:
+    folder = Path(name).absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
-        return [Problem("--output_dir", f"cannot be made: {existing} is a file", str(folder))]
+        return [Problem(flag, f"cannot be made: {existing} is a file; choose another folder", str(folder))]
     if not os.access(existing, os.W_OK):
-        return [Problem("--output_dir", f"cannot be written: no permission for {existing}", str(folder))]
+        return [Problem(flag, f"cannot be written: no permission for {existing}; choose another folder", str(folder))]
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return [Problem(flag, f"cannot be made: {error.strerror}; choose another folder", str(folder))]
+    finally:  # nothing stays of what is only looked at
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
     return []
 
 

@@ -191,8 +191,11 @@ class Trainer:
             return
         where = ""
         if s.processes.is_main:
-            folder = s.failures.write(step, made, [float(loss) for loss in losses])
-            where = f"; its inputs are in {folder}"
+            try:
+                folder = s.failures.write(step, made, [float(loss) for loss in losses])
+                where = f"; its inputs are in {folder}"
+            except OSError as error:
+                where = f"; its inputs could not be written ({error.strerror or error})"
         message = (
             f"gradients are no numbers (NaN or infinite), images: {keys}{where}; nothing was changed by this step. "
             "Lower the learning rate, use --mixed_precision bf16 or no, or leave such steps out with --nan_policy skip"

@@ -214,6 +214,14 @@ def make_start(setting: Setting, resume: Resume | None) -> Start:
     return Start(state, resume, identity, state.micro_step if asked else None)
 
 
+def _is_locked(names: Names) -> UserError:
+    message = (
+        f"another run is writing results named {names.base or 'last'!r} there; wait for it, or choose another "
+        "--output_dir or --output_name"
+    )
+    return UserError("--output_dir", str(names.folder), message)
+
+
 @contextmanager
 def output_lock(names: Names, *, is_main: bool) -> Iterator[None]:
     """One run at a time writes results of a name into a folder; a killed run's lock is gone with it.
@@ -224,15 +232,14 @@ def output_lock(names: Names, *, is_main: bool) -> Iterator[None]:
     if not is_main:
         yield
         return
-    names.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(names.folder / f".{names.base or 'last'}.lock", timeout=0)
     try:
+        names.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout as error:
-        message = (
-            f"another run is writing results named {names.base or 'last'!r} there; wait for it, or choose another "
-            "--output_dir or --output_name"
-        )
+    except OSError as error:
+        if isinstance(error, Timeout):
+            raise _is_locked(names) from error
+        message = f"cannot be written: {error.strerror or error}; choose another folder"
         raise UserError("--output_dir", str(names.folder), message) from error
     try:
         sweep_half_written(names.folder, names.base or "last", process_is_alive)

@@ -162,7 +162,8 @@ class _Builder:
         absent = tuple(f"{prefix}_" for prefix in self._prefixes(absent=True))
         if not targets and not all(name.startswith(absent) for name in missing):
             raise CheckpointError(
-                source, message=f"fits no layer of this model; its first modules: {', '.join(missing[:3])}"
+                source,
+                message=f"fits no layer of this model (its first modules: {', '.join(missing[:3])}); name another file",
             )
         logger.warning("%s: %d modules have no layer here: %s ...", source, len(missing), ", ".join(missing[:3]))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.base.errors import UserError
+from library.base.errors import CheckpointError, UserError
 from library.base.logs import logger
 from networks.engine.arguments import FLAG
 from networks.engine.merge import add_to_weight, stored_delta
@@ -146,6 +146,9 @@ class AdapterNetwork(nn.Module):
         check_fit(weights, {module.lora_name: module.lora_dim * module.num_parts for module in self.loras}, str(file))
         before = {module.lora_name: module.scale for module in self.loras}
         info = self.load_state_dict(weights, strict=False)
+        if len(info.unexpected_keys) == len(weights):
+            shown = ", ".join(list(weights)[:3])
+            raise CheckpointError(str(file), message=f"fits no layer of this model ({shown}, ...); name another file")
         self._report_loading(str(file), info, before)
         return info
 

@@ -4,6 +4,7 @@ Keys: `<layer name>.lora_down.weight`, `.lora_up.weight`, `.alpha`. The rank is 
 strength alpha / rank; a file without alpha means alpha = rank.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,9 @@ def check_native(weights: Mapping[str, Any], prefixes: Sequence[str], source: st
     names = {key.partition(".")[0] for key in weights if "." in key}
     if not any(name.startswith(tuple(f"{prefix}_" for prefix in prefixes)) for name in names):
         shown = ", ".join(list(weights)[:3]) or "no tensors at all"
-        raise CheckpointError(source, message=f"is not an adapter file of this model; its first keys: {shown}")
+        raise CheckpointError(
+            source, message=f"is not an adapter file of this model (its first keys: {shown}); name another file"
+        )
     other = [key for key in weights if "." in key and key.partition(".")[2] not in NATIVE_SUFFIXES]
     if other:
         raise CheckpointError(
@@ -159,7 +162,10 @@ def write_weights(
     tensors = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in state.items()}
     if Path(file).suffix.lower() in _PICKLE_SUFFIXES:
         with atomic_path(file) as temporary:
-            torch.save(tensors, temporary)
+            try:
+                torch.save(tensors, temporary)
+            except RuntimeError as error:  # what torch's writer makes of a full disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
         return
     entries = dict(metadata or {})
     entries["sshs_model_hash"], entries["sshs_legacy_hash"] = adapter_hashes(tensors, entries)

@@ -148,6 +148,6 @@ def test_a_folder_that_cannot_be_written_is_named(dataset, tmp_path):
     """A folder stands where the file should go."""
     files = files_of(dataset)
     (tmp_path / "5_0128x0064_sd.npz").mkdir()
-    with pytest.raises(UserError, match="5_0128x0064_sd.npz: cannot be written: .*--cache_latents alone"):
+    with pytest.raises(UserError, match="5_0128x0064_sd.npz: cannot be written: .*use --cache_latents alone"):
         files.fill(Averages(), batch_size=3, show_progress=False)
     assert not list(tmp_path.glob(".*.tmp"))

@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT_OF = {family: script for script, family in FAMILY_OF.items()}
 pytestmark = pytest.mark.e2e
 
-# words of an instruction; a line that names the flag and what its file should have held counts too
+# words of an instruction; saying what a flag or file should have been counts too
 INSTRUCTION = re.compile(
     r"\b(use|name|choose|copy|download|convert|lower|raise|try|make room|remove|wait|needs?|needed|leave|"
-    r"this version (trains|reads))\b|is a \w+.*, not the "
+    r"this version (trains|reads))\b"
 )
-EXPECTED_IN_FLAG = re.compile(r"error: --\w+ = .*: holds no ")
+EXPECTED = re.compile(
+    r"error: --\w+ = .*: (holds no |no such file|cannot be made: .* is a file)|is an? .*, not the |of this model\b"
+)
 # a limit on the size of files makes writing fail as a full disk or a quota does
 LIMITED = (
     "import resource, runpy, sys; limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
@@ -96,8 +98,9 @@ def arguments_of(inputs, tmp_path):
     """Arguments of one step of training."""
 
     def make(family, **values):
-        arguments = network_arguments(family, inputs, tmp_path, dataset_toml(tmp_path, inputs))
-        return with_flags(arguments, max_train_steps=1, **values)
+        toml = values.get("dataset_config") or dataset_toml(tmp_path, inputs)
+        arguments = network_arguments(family, inputs, tmp_path, toml)
+        return with_flags(arguments, **{"max_train_steps": 1, **values})
 
     return make
 
@@ -113,7 +116,7 @@ def assert_explained(ended, *names):
     assert ended.code == 2, ended.stderr[-2500:]
     named = [line for line in lines if all(str(name) in line for name in names)]
     assert named, lines
-    assert any(INSTRUCTION.search(line) or EXPECTED_IN_FLAG.search(line) for line in named), f"no remedy in {named}"
+    assert any(INSTRUCTION.search(line) or EXPECTED.search(line) for line in named), f"no remedy in {named}"
 
 
 def assert_nothing_half_written(folder):
@@ -135,13 +138,13 @@ def results(folder):
 
 def own_images(inputs, folder, names=("cat.png", "coffee.jpg", "rocket.webp")):
     """A dataset of a few images that a test may damage; (folder of images, dataset file)."""
-    images = folder / "img"
-    images.mkdir()
+    images = folder / "own" / "img"
+    images.mkdir(parents=True)
     for name in names:
         source = inputs.folder / "data" / "img" / name
         shutil.copy(source, images)
         shutil.copy(source.with_suffix(".txt"), images)
-    toml = dataset_toml(folder, inputs)
+    toml = dataset_toml(images.parent, inputs)
     toml.write_text(toml.read_text().replace(str(inputs.folder / "data" / "img"), str(images)))
     return images, toml
 
@@ -212,7 +215,7 @@ def test_a_full_disk_while_recording_stops_with_a_remedy(arguments_of, tmp_path)
 
 
 def test_bad_numbers_are_reported_although_their_record_finds_no_room(arguments_of, tmp_path):
-    arguments = arguments_of("flux", learning_rate=1e30, max_train_steps=3)
+    arguments = arguments_of("flux", learning_rate=1e30)
     ended = run_with_file_limit("flux", 4000, with_flags(arguments, max_train_steps=3))
     assert_explained(ended, "gradients are no numbers", "--nan_policy skip")
     assert_nothing_half_written(tmp_path / "out")
@@ -320,8 +323,8 @@ def sdxl_file(folder, inputs):
         ("sd", "pretrained_model_name_or_path", "flux1_dev", "Stable Diffusion"),
         ("sd", "pretrained_model_name_or_path", "clip_l", "Stable Diffusion"),
         ("sd", "pretrained_model_name_or_path", "adapter", "Stable Diffusion"),
-        ("sd", "vae", "clip_l", "VAE"),
-        ("sd", "vae", "adapter", "VAE"),
+        ("sd", "vae", "clip_l", "autoencoder"),
+        ("sd", "vae", "adapter", "autoencoder"),
         ("flux", "pretrained_model_name_or_path", "sd15", "FLUX"),
         ("flux", "pretrained_model_name_or_path", "clip_l", "CLIP"),
         ("flux", "pretrained_model_name_or_path", "t5xxl", "T5"),

@@ -373,7 +373,10 @@ def test_another_rank_says_what_to_do(unet, tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        (["transformer.x.lora_A.weight"], "is not an adapter file of this model; its first keys: transformer.x.lora_A"),
+        (
+            ["transformer.x.lora_A.weight"],
+            "is not an adapter file of this model \\(its first keys: transformer.x.lora_A",
+        ),
         ([f"{QUERY}.hada_w1_a"], "another adapter type: .*hada_w1_a"),
         ([f"{QUERY}.lora_down.weight"], "has no lora_up.weight beside it"),
         (["lora_unet_elsewhere.lora_down.weight", "lora_unet_elsewhere.lora_up.weight"], "fits no layer"),

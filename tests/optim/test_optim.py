@@ -122,3 +122,21 @@ def test_a_step_the_scaler_skips_advances_nothing():
     assert float(drive.clip()) == pytest.approx(2.0)
     assert drive.step() and drive.step_count == 1
     assert parameter.tolist() != [1.0] * 4
+
+
+def test_the_loss_scaler_and_a_rate_set_by_hand_go_on():
+    """What fp16 has learned about its scale belongs to the state."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parameter, first = driver(scaler)
+    first.set_rate(0.25)
+    for value in (1.0, float("inf"), 1.0):
+        first.backward((parameter * value).sum())
+        first.clip()
+        first.step()
+    state = first.state()
+    fresh = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    _, second = driver(fresh)
+    second.load_state(state, 2)
+    assert fresh.get_scale() == scaler.get_scale() == 512.0
+    assert second.step_count == 2
+    assert second.learning_rates() == first.learning_rates() == {"unet": pytest.approx(0.25 * 0.8)}
