@@ -21,6 +21,8 @@ from library.training.state import TrainState
 
 Number = float | Tensor  # a tensor stays on the device until it is shown
 
+# orders that a run can be without the means for -> what it lacks
+_NEEDED = {"sample": "no --sample_prompts", "eval": "no validation images", "save": "", "save_state": ""}
 _MAX_SKIPPED = 50  # steps without numbers in a row, after which skipping them is no remedy
 _MAX_SKIPS = 40  # halvings of the fp16 loss scale after which no finite gradient can be hoped for
 
@@ -79,8 +81,8 @@ class Trainer:
                 s.optimizer.set_rate(orders.rate)
                 s.progress.say(f"learning rate set to {orders.rate:g} from step {s.state.step} on")
             for verb in ("save", "save_state", "sample", "eval"):
-                if verb in orders.verbs:
-                    s.services.ordered(verb, s.state)
+                if verb in orders.verbs and not s.services.ordered(verb, s.state) and s.processes.is_main:
+                    s.progress.say(f"{verb}: nothing to do ({_NEEDED[verb]})")
             if orders.stops:
                 self.stopped = orders
                 return

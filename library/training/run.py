@@ -1,5 +1,6 @@
 """One training run from checked options to its result."""
 
+import errno
 import os
 import random
 import signal
@@ -236,11 +237,14 @@ def output_lock(names: Names, *, is_main: bool) -> Iterator[None]:
     try:
         names.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
-        if isinstance(error, Timeout):
-            raise _is_locked(names) from error
-        message = f"cannot be written: {error.strerror or error}; choose another folder"
-        raise UserError("--output_dir", str(names.folder), message) from error
+    except Timeout as error:
+        raise _is_locked(names) from error
+    except (OSError, NotImplementedError) as error:
+        number = getattr(error, "errno", errno.ENOSYS)
+        if number not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            message = f"cannot be written: {error}; choose another folder"
+            raise UserError("--output_dir", str(names.folder), message) from error
+        logger.warning("%s cannot be locked: nothing keeps a second run from writing there", names.folder)
     try:
         sweep_half_written(names.folder, names.base or "last", process_is_alive)
         yield

@@ -31,8 +31,8 @@ class Service(Protocol):
         """After the last step."""
         ...
 
-    def ordered(self, verb: str, state: TrainState) -> None:
-        """Somebody asked for `save`, `save_state`, `sample` or `eval`."""
+    def ordered(self, verb: str, state: TrainState) -> bool:
+        """Somebody asked for `save`, `save_state`, `sample` or `eval`; whether this service did it."""
         ...
 
 
@@ -62,10 +62,10 @@ class ServiceList:
         for service in self.services:
             service.train_end(state)
 
-    def ordered(self, verb: str, state: TrainState) -> None:
+    def ordered(self, verb: str, state: TrainState) -> bool:
         """See Service."""
-        for service in self.services:
-            service.ordered(verb, state)
+        done = [service.ordered(verb, state) for service in self.services]
+        return any(done)
 
 
 class SamplingService:
@@ -98,10 +98,11 @@ class SamplingService:
     def train_end(self, state: TrainState) -> None:
         """Nothing."""
 
-    def ordered(self, verb: str, state: TrainState) -> None:
+    def ordered(self, verb: str, state: TrainState) -> bool:
         """Samples now."""
         if verb == "sample":
             self._make(f"{state.step:06d}")
+        return verb == "sample"
 
     def _make(self, occasion: str) -> None:
         with self.evaluating():
@@ -129,10 +130,11 @@ class SavingService:
         """The final result."""
         self.saver.at_end(state.step, state.epoch)
 
-    def ordered(self, verb: str, state: TrainState) -> None:
+    def ordered(self, verb: str, state: TrainState) -> bool:
         """A result now."""
         if verb == "save":
             self.saver.now(state.step, state.epoch)
+        return verb == "save"
 
 
 class StateService:
@@ -156,10 +158,11 @@ class StateService:
         """At the end."""
         self.saver.at_end(state.step, state.epoch)
 
-    def ordered(self, verb: str, state: TrainState) -> None:
+    def ordered(self, verb: str, state: TrainState) -> bool:
         """A state now."""
         if verb == "save_state":
             self.saver.now(state.step, state.epoch)
+        return verb == "save_state"
 
 
 class ValidationService:
@@ -199,10 +202,11 @@ class ValidationService:
         if self._last != state.step:
             self._run(state, per_epoch=False)
 
-    def ordered(self, verb: str, state: TrainState) -> None:
+    def ordered(self, verb: str, state: TrainState) -> bool:
         """Validate now."""
         if verb == "eval":
             self._run(state, per_epoch=False)
+        return verb == "eval"
 
     def _run(self, state: TrainState, *, per_epoch: bool) -> None:
         with self.evaluating():

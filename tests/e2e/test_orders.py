@@ -249,6 +249,10 @@ def test_every_order_is_followed(processes, inputs, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_abort_saves_nothing(processes, inputs, tmp_path):
     run = Run("flux", inputs, tmp_path, "--network_train_unet_only", "--cache_latents", processes=processes).stepping()
+    run.order("sample", "eval")
+    run.until(
+        lambda: "sample: nothing to do (no --sample_prompts)" in run.said() and "eval: nothing to do" in run.said()
+    )
     run.order("abort")
     assert run.ended() == 0
     assert "without saving" in run.said() and not states(run.out)
@@ -280,3 +284,19 @@ def test_orders_to_an_earlier_run_are_not_followed(inputs, tmp_path):
     run = Run("flux", inputs, tmp_path, "--network_train_unet_only", "--cache_latents", steps=3)
     assert run.ended() == 0
     assert (run.out / "last.safetensors").exists()
+
+
+def test_a_second_run_with_the_same_output_is_refused(inputs, tmp_path):
+    """At once, before it loads anything; the first goes on. When the first is killed, its lock goes with it."""
+    first = Run("flux", inputs, tmp_path, "--network_train_unet_only", "--cache_latents", steps=100_000).stepping()
+    more = ("--network_train_unet_only", "--output_dir", str(first.out))
+    second = Run("flux", inputs, tmp_path / "second", *more, steps=2)
+    assert second.ended() == 2
+    assert "another run is writing results named 'last' there; wait for it, or choose another" in second.said()
+    assert "Traceback" not in second.said() and "error: --output_dir" in second.said()
+    other = Run("flux", inputs, tmp_path / "other", *more, "--output_name", "other", steps=2)
+    assert other.ended() == 0, other.said()[-2000:]
+    first.stepping(len(first.events()) + 5)
+    first.kill()
+    third = Run("flux", inputs, tmp_path / "third", *more, steps=2)
+    assert third.ended() == 0, third.said()[-2000:]
