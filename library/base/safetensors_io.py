@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -209,6 +210,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     Raises:
         OSError: it cannot be written; the library's own error hides the reason's number.
     """
+    # the library makes files that only their owner may read; those that open() makes follow the user's umask
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:
@@ -216,6 +220,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

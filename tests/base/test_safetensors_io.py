@@ -1,5 +1,7 @@
 """Files: read without copies, written whole or not at all."""
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,13 @@ def test_loading_takes_no_second_copy(tmp_path, dtype, most):
         check=True,
     )
     assert float(done.stdout) <= most
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+    """The safetensors library would keep them from everybody else, image programs of other users included."""
+    before = os.umask(0o022)
+    try:
+        io.save_file_atomic({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -94,6 +95,21 @@ def train(capsys):
 
 
 @pytest.fixture
+def train_with_limit(train):
+    """As `train`, where no file can grow beyond a number of bytes; starts no process and is quick."""
+
+    def run(family, limit, arguments):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            return train(family, arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return run
+
+
+@pytest.fixture
 def arguments_of(inputs, tmp_path):
     """Arguments of one step of training."""
 
@@ -175,11 +191,11 @@ def finished(train, arguments_of, tmp_path):
     ids=["step", "final", "torch format", "state", "state of the same name"],
 )
 def test_a_full_disk_stops_with_a_remedy_and_leaves_earlier_results(
-    share, more, refused, finished, arguments_of, tmp_path
+    share, more, refused, finished, train_with_limit, arguments_of, tmp_path
 ):
     out = tmp_path / "out"
     limit = int(share * len(finished[out / "last.safetensors"]))
-    ended = run_with_file_limit("flux", limit, [*arguments_of("flux"), *more])
+    ended = train_with_limit("flux", limit, [*arguments_of("flux"), *more])
     assert_explained(ended, out / refused, "cannot be written", "make room")
     assert_nothing_half_written(out)
     after = results(out)
@@ -190,33 +206,36 @@ def test_a_full_disk_stops_with_a_remedy_and_leaves_earlier_results(
     assert not (out / refused).exists() or refused in ("last.safetensors", "last-state")
 
 
-def test_a_disk_without_any_room_stops_with_a_remedy(arguments_of, tmp_path):
-    ended = run_with_file_limit("flux", 0, arguments_of("flux"))
+@pytest.mark.parametrize("limit", [0, 100_000], ids=["no room at all", "no room for the adapter"])
+def test_a_script_on_a_full_disk_ends_with_one_line_and_code_2(limit, arguments_of, tmp_path):
+    ended = run_with_file_limit("flux", limit, [*arguments_of("flux"), "--save_every_n_steps", "1"])
     assert_explained(ended, tmp_path / "out", "cannot be written")
+    assert len(error_lines(ended)) == 1
     assert_nothing_half_written(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["latents", "text"])
-def test_a_full_disk_while_caching_stops_with_a_remedy(kind, inputs, arguments_of, tmp_path):
+def test_a_full_disk_while_caching_stops_with_a_remedy(kind, train_with_limit, inputs, arguments_of, tmp_path):
     images, toml = own_images(inputs, tmp_path)
     flags = {
         "latents": ["--cache_latents_to_disk"],
         "text": ["--cache_text_encoder_outputs_to_disk", "--network_train_unet_only"],
     }[kind]
-    ended = run_with_file_limit("flux", 4000, [*arguments_of("flux", dataset_config=toml), *flags])
+    ended = train_with_limit("flux", 4000, [*arguments_of("flux", dataset_config=toml), *flags])
     assert_explained(ended, images, "cannot be written")
     assert_nothing_half_written(images)
 
 
-def test_a_full_disk_while_recording_stops_with_a_remedy(arguments_of, tmp_path):
-    ended = run_with_file_limit("flux", 4000, arguments_of("flux", record_steps=tmp_path / "record"))
+def test_a_full_disk_while_recording_stops_with_a_remedy(train_with_limit, arguments_of, tmp_path):
+    ended = train_with_limit("flux", 4000, arguments_of("flux", record_steps=tmp_path / "record"))
     assert_explained(ended, tmp_path / "record", "cannot be written")
     assert_nothing_half_written(tmp_path / "record")
 
 
-def test_bad_numbers_are_reported_although_their_record_finds_no_room(arguments_of, tmp_path):
+def test_bad_numbers_are_reported_although_their_record_finds_no_room(train_with_limit, arguments_of, tmp_path):
     arguments = arguments_of("flux", learning_rate=1e30)
-    ended = run_with_file_limit("flux", 4000, with_flags(arguments, max_train_steps=3))
+    ended = train_with_limit("flux", 4000, with_flags(arguments, max_train_steps=3))
     assert_explained(ended, "gradients are no numbers", "--nan_policy skip")
     assert_nothing_half_written(tmp_path / "out")
 
@@ -364,7 +383,7 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(form, flag, train, argume
     marker, file = tmp_path / "was_run", tmp_path / "code.ckpt"
     content = {"state_dict": {"a": torch.zeros(2)}, "code": _Code(f"touch {marker}")}
     if form == "pickle":
-        file.write_bytes(pickle.dumps({"code": _Code(f"touch {marker}")}))
+        file.write_bytes(pickle.dumps({"code": _Code(f"touch {marker}")}, protocol=2))
     else:
         torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
     ended = train("sd", arguments_of("sd", **{flag: file}))
