@@ -150,18 +150,6 @@ def _members(file: BinaryIO) -> dict[str, _Member]:
     return members
 
 
-def open_cache(path: Path) -> CacheFile:
-    """The cache file at `path`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CacheDamaged: it cannot be used.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    return CacheFile(path)
-
-
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
     """As `atomic_path`, but without waiting for the disk: a cache that a power cut takes is made again."""

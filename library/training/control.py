@@ -66,7 +66,6 @@ class Control:
         self._rate: float | None = None
         self._later: list[tuple[int, str]] = []
         self._lines: queue.Queue[str] = queue.Queue(maxsize=10 * _MOST_LINES)
-        self._agreed: Tensor | None = None
         self._parent = os.getppid()
         self._interactive = interactive and is_main
         self._resumed = False
