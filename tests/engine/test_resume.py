@@ -356,3 +356,21 @@ def test_a_state_on_the_hub_that_cannot_be_fetched(runs):
         runs.go(2, "--resume", "somewhere", "--resume_from_huggingface")
     with pytest.raises(UserError, match="cannot be fetched from the hub"):
         runs.go(2, "--resume", "nobody/nothing/last-state", "--resume_from_huggingface")
+
+
+def test_what_happened_after_the_state_is_cut_back(runs, straight, tmp_path):
+    """A killed run has logged and recorded more than its last state knows; every step is there once afterwards."""
+    record = tmp_path / "record"
+    more = ("--record_steps", str(record), "--save_every_n_steps", "3", "--save_state")
+    runs.go(8, *more)
+    for name in ("last-state", "last-step00000006-state"):
+        shutil.rmtree(runs.out / name)
+    assert_same(straight, runs.go(12, *AUTO, *more), runs.tensors())
+    assert [e["step"] for e in events(runs.out) if e["event"] == "step"] == list(range(1, 13))
+    lines = [json.loads(line)["step"] for line in (record / "steps.jsonl").read_text().splitlines()]
+    assert lines == list(range(12))
+
+
+def test_the_oldest_state_within_the_window_stays(runs):
+    runs.go(8, "--save_every_n_steps", "2", "--save_state", "--save_last_n_steps_state", "4")
+    assert runs.states() == ["last-state", *(f"last-step{n:08d}-state" for n in (4, 6, 8))]
