@@ -40,6 +40,7 @@ class OptimizerDriver:
         self.scaler = scaler
         self.names = list(names)
         self.relative_step = built.relative_step
+        self._given = built.given - {"params"}
         self._base = [group["lr"] for group in self.optimizer.param_groups]
         self.step_count = 0
         self._set_rate: float | None = None
@@ -93,7 +94,11 @@ class OptimizerDriver:
         Raises:
             ValueError: it belongs to other parameters.
         """
+        # arguments given for this run count; others may be what the optimizer itself has learned
+        own = [{name: group[name] for name in self._given & group.keys()} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, own):
+            group.update(values)
         if self.scaler and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self._set_rate = state.get("set_rate")

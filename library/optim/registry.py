@@ -36,11 +36,13 @@ class BuiltOptimizer:
         optimizer: the optimizer.
         description: `module.Class(k=v,...)`, as metadata shows it.
         relative_step: whether it sets its own learning rate (Adafactor).
+        given: names of the arguments that the user gave.
     """
 
     optimizer: torch.optim.Optimizer
     description: str
     relative_step: bool = False
+    given: frozenset[str] = frozenset()
 
 
 def optimizer_name(options: OptimizerOptions) -> str:
@@ -105,4 +107,4 @@ def build_optimizer(options: OptimizerOptions, groups: Iterable[Mapping[str, Any
     given = parse_arguments(options.optimizer_args, "--optimizer_args")
     text = ",".join(f"{key}={value}" for key, value in given.items())
     description = f"{optimizer_class.__module__}.{optimizer_class.__name__}" + (f"({text})" if text else "")
-    return BuiltOptimizer(optimizer, description, bool(relative))
+    return BuiltOptimizer(optimizer, description, bool(relative), frozenset(given))

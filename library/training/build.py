@@ -350,7 +350,6 @@ def make_control(setting: Setting, state: TrainState, progress: Progress) -> Con
         setting.plan.names.beside(".control"),
         interactive=options[StateOptions].interactive,
         is_main=processes.is_main,
-        world_size=processes.world_size,
         status=lambda: f"step {state.step} of {state.max_steps}, epoch {state.epoch}, {progress.status()}",
     )
 

@@ -50,16 +50,12 @@ class Control:
         file: the control file; looked at on the main process.
         interactive: read lines from stdin too.
         is_main: whether this process hears files and stdin.
-        world_size: number of processes.
         status: answers `status`.
     """
 
-    def __init__(
-        self, file: Path, *, interactive: bool, is_main: bool, world_size: int, status: Callable[[], str]
-    ) -> None:
+    def __init__(self, file: Path, *, interactive: bool, is_main: bool, status: Callable[[], str]) -> None:
         self.file = file
         self.is_main = is_main
-        self.world_size = world_size
         self.status = status
         self.signal_number: int | None = None
         self._bits = 0

@@ -140,3 +140,12 @@ def test_the_loss_scaler_and_a_rate_set_by_hand_go_on():
     assert fresh.get_scale() == scaler.get_scale() == 512.0
     assert second.step_count == 2
     assert second.learning_rates() == first.learning_rates() == {"unet": pytest.approx(0.25 * 0.8)}
+
+
+def test_arguments_of_the_new_run_count_after_a_state_is_loaded():
+    _, first = driver(optimizer_args=["weight_decay=0.5", "eps=1e-6"])
+    _, second = driver(optimizer_args=["weight_decay=0.25"])
+    second.load_state(first.state(), 3)
+    (group,) = second.optimizer.param_groups
+    assert (group["weight_decay"], group["eps"]) == (0.25, 1e-6)
+    assert second.learning_rates() == {"unet": pytest.approx(0.07)}
