@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from library.base.logs import logger
 BITS = {"save": 1, "save_state": 2, "sample": 4, "eval": 8, "pause": 16, "quit": 32, "abort": 64}
 VERBS = (*BITS, "lr", "status", "resume", "at")
 _FIELDS = 4  # bits, new rate, whether there is one, signals
+_SECONDS_READ_ON = 2.0  # from a file that was taken away while somebody wrote to it
 _MOST_LINES = 200  # read from a file or pipe at one boundary; the rest waits or is dropped with a word
 
 
@@ -43,6 +45,61 @@ class Orders:
         return self.signalled or bool(self.verbs & {"quit", "abort"})
 
 
+@dataclass
+class _Taken:
+    path: Path
+    file: BinaryIO
+    until: float
+    begun: bytes = b""  # a line without an end yet
+
+    def give_up(self) -> None:
+        self.file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class _OrderFile:
+    """Lines that others write to a file, each read once.
+
+    The file is taken away by its name before it is read. Who had it open then may still be writing: so what was taken is
+    read on for a while, and a line that has no end yet waits for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._taken: list[_Taken] = []
+        self._count = 0
+
+    def clear(self) -> None:
+        """Forget what was written."""
+        for taken in self._taken:
+            taken.give_up()
+        self._taken = []
+        self.path.unlink(missing_ok=True)
+
+    def lines(self) -> list[str]:
+        """What was written since the last call, without empty lines."""
+        name = self.path.with_name(f"{self.path.name}.{self._count}.taken")
+        try:
+            os.replace(self.path, name)
+        except OSError:  # not there; on Windows also: open elsewhere, so it waits
+            pass
+        else:
+            self._count += 1
+            self._taken.append(_Taken(name, open(name, "rb"), time.monotonic() + _SECONDS_READ_ON))
+        heard: list[str] = []
+        reading, self._taken = self._taken, []
+        for taken in reading:
+            over = time.monotonic() > taken.until
+            data = taken.begun + taken.file.read()
+            whole, _, taken.begun = data.rpartition(b"\n")
+            heard += (data if over else whole).decode("utf-8", errors="replace").splitlines()
+            if over:
+                taken.give_up()
+            else:
+                self._taken.append(taken)
+        return [line for line in heard if line.strip()]
+
+
 class Control:
     """Hears orders and brings them to all processes.
 
@@ -55,6 +112,7 @@ class Control:
 
     def __init__(self, file: Path, *, interactive: bool, is_main: bool, status: Callable[[], str]) -> None:
         self.file = file
+        self._written = _OrderFile(file)
         self.is_main = is_main
         self.status = status
         self.signal_number: int | None = None
@@ -74,7 +132,7 @@ class Control:
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, self._on_signal)
         if self.is_main:
-            self.file.unlink(missing_ok=True)  # orders to an earlier run
+            self._written.clear()  # orders to an earlier run
         if self._interactive:
             threading.Thread(target=self._read_stdin, name="stdin", daemon=True).start()
         try:
@@ -82,6 +140,8 @@ class Control:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if self.is_main:
+                self._written.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -123,16 +183,7 @@ class Control:
                 yield self._lines.get_nowait()
             except queue.Empty:
                 break
-        taken = self.file.with_name(f"{self.file.name}.taken")
-        try:
-            os.replace(self.file, taken)  # so that a line written meanwhile is not lost
-        except OSError:
-            return
-        try:
-            text = taken.read_text(encoding="utf-8", errors="replace")
-        finally:
-            taken.unlink(missing_ok=True)
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = self._written.lines()
         if len(lines) > _MOST_LINES:
             logger.warning("%s: %d lines; only the first %d are read", self.file, len(lines), _MOST_LINES)
         yield from lines[:_MOST_LINES]
