@@ -60,8 +60,8 @@ class _Taken:
 class _OrderFile:
     """Lines that others write to a file, each read once.
 
-    The file is taken away by its name before it is read. Who had it open then may still be writing: so what was taken is
-    read on for a while, and a line that has no end yet waits for it.
+    The file is taken away by its name before it is read. Who had it open then may still be writing: so what was taken
+    is read on for a while, and a line that has no end yet waits for it.
     """
 
     def __init__(self, path: Path) -> None:

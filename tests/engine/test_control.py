@@ -40,7 +40,8 @@ def test_a_writer_that_opened_the_file_before_it_was_read_is_heard(orders):
 def test_a_last_line_without_an_end_is_heard_when_nothing_follows(orders, monkeypatch):
     orders.file.write_text("quit")
     assert heard(orders).verbs == frozenset()
-    monkeypatch.setattr(control.time, "monotonic", lambda now=control.time.monotonic(): now + 10)
+    later = control.time.monotonic() + 10
+    monkeypatch.setattr(control.time, "monotonic", lambda: later)
     assert heard(orders).verbs == {"quit"}
     assert list(orders.file.parent.iterdir()) == []
 
