@@ -22,7 +22,6 @@ STEPS = 150
 def main() -> None:
     import torch
 
-    from library.diffusion.losses import sample_losses
     from library.train_util import parse_options, train
     from library.training import engine
 
@@ -40,7 +39,7 @@ def main() -> None:
         for _ in range(60):
             started = time.perf_counter()
             prediction = session.task.predict(inputs, conditioning)
-            sample_losses(prediction, inputs).mean().backward()
+            session.criterion(prediction, inputs).mean().backward()
             torch.nn.utils.clip_grad_norm_(session.optimizer.parameters, 1.0)
             session.optimizer.optimizer.step()
             session.optimizer.optimizer.zero_grad(set_to_none=True)

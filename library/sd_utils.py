@@ -1,13 +1,17 @@
-"""Load Stable Diffusion 1.x from a single checkpoint file."""
+"""Load Stable Diffusion 1.x and 2.x from a single checkpoint file."""
 
+import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import KnownShapes, TensorFile
-from library.modules.clip import load_clip_text
+from library.modules.clip import load_clip_text, load_open_clip_text
 from library.modules.components import Components, Need, Variant
-from library.modules.loading import load_module, merge_config, open_model_file, readers
+from library.modules.loading import highest_index, load_module, merge_config, open_model_file
 from library.modules.published_view import published_view
 from library.modules.vae import load_vae
 from library.options.schema import OptionSet
@@ -17,20 +21,18 @@ _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
 _TEXT = "cond_stage_model.transformer."
 _TEXT_V2 = "cond_stage_model.model."
+_V2_BASE = "stable-diffusion-v2-512"
 
 
 def open_checkpoint(path: str) -> TensorFile:
-    """The checkpoint file of a run, checked to be a Stable Diffusion 1.x file.
+    """The checkpoint file of a run, checked to be a Stable Diffusion 1.x or 2.x file.
 
     Raises:
         CheckpointError: missing file, a directory, or another model family.
     """
     file = open_model_file("--pretrained_model_name_or_path", path)
-    names = file.names
     if f"{_UNET}label_emb.0.0.weight" in file:
         raise CheckpointError(path, message="is an SDXL checkpoint; use the sdxl_* scripts")
-    if any(name.startswith(_TEXT_V2) for name in names):
-        raise CheckpointError(path, message="is a Stable Diffusion 2.x checkpoint; this version trains 1.x")
     if f"{_UNET}input_blocks.0.0.weight" not in file:
         raise CheckpointError(
             path,
@@ -39,10 +41,26 @@ def open_checkpoint(path: str) -> TensorFile:
     return file
 
 
-def detect_variant(file: TensorFile) -> Variant:
-    """Sizes of the U-Net in an opened checkpoint; no weights are read."""
+def detect_variant(file: TensorFile, *, velocity: bool) -> Variant:
+    """Version and sizes of the U-Net in an opened checkpoint; no weights are read.
+
+    The versions are told apart by the layout of their text encoders.
+
+    Args:
+        file: the checkpoint.
+        velocity: whether the model predicts the velocity, which no tensor tells.
+    """
     config = unet_config(_unet_shapes(file))
-    return Variant(name="v1", base_model_version="sd_v1", config=config)
+    name = "v2" if _is_v2(file) else "v1"
+    return Variant(name=name, base_model_version=f"sd_{name}" + ("_v" if velocity else ""), config=config)
+
+
+def _is_v2(file: TensorFile) -> bool:
+    return any(name.startswith(_TEXT_V2) for name in file.names)
+
+
+def _text_prefix(file: TensorFile) -> str:
+    return _TEXT_V2 if _is_v2(file) else _TEXT
 
 
 def _unet_tensors(file: TensorFile) -> dict[str, str]:
@@ -57,23 +75,33 @@ def _unet_shapes(file: TensorFile) -> KnownShapes:
 
 
 def load_unet(file: TensorFile, need: Need) -> Any:
-    """diffusers' UNet2DConditionModel with the checkpoint's weights."""
+    """diffusers' UNet2DConditionModel with the checkpoint's weights.
+
+    The projections around the attention of version 2.x are matrices in the file; here they are 1x1 convolutions as in
+    1.x, which is the same arithmetic and gives adapters the shapes that other programs write.
+    """
     from diffusers import UNet2DConditionModel
 
-    names = _unet_tensors(file)
     config = merge_config(
         unet_config(_unet_shapes(file)),
         file,
         fixed=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"),
     )
+    config["use_linear_projection"] = False
     return load_module(
         lambda: UNet2DConditionModel(**config),
-        readers(file, names),
+        {ours: partial(_read_unet_tensor, file, ours, theirs) for ours, theirs in _unet_tensors(file).items()},
         path=file.path,
         part="U-Net",
         dtype=need.dtype,
         device=need.place_of_denoiser,
     )
+
+
+def _read_unet_tensor(file: TensorFile, ours: str, theirs: str) -> Tensor:
+    tensor = file.tensor(theirs)
+    projects = ours.endswith((".proj_in.weight", ".proj_out.weight"))
+    return tensor[:, :, None, None] if projects and tensor.ndim == 2 else tensor
 
 
 def inspect(options: OptionSet) -> Variant:
@@ -83,16 +111,19 @@ def inspect(options: OptionSet) -> Variant:
         CheckpointError: a missing, damaged or foreign file.
     """
     file = open_checkpoint(options.value("pretrained_model_name_or_path"))
+    if options.value("v2") and not _is_v2(file):
+        message = f"--v2 was given, but this is a Stable Diffusion 1.x checkpoint (its text encoder lies below {_TEXT})"
+        raise CheckpointError(str(file.path), message=message + "; leave --v2 out")
     own = options.value("vae")
     mark = "encoder.conv_in.weight"
     if own and not any(name.endswith(mark) for name in open_model_file("--vae", own).names):
         raise CheckpointError("--vae", own, f"holds no VAE (no tensor {mark}); name another file")
     sizes = {
         "U-Net": file.num_parameters(_UNET),
-        "text encoder": file.num_parameters(_TEXT),
+        "text encoder": file.num_parameters(_text_prefix(file)),
         "VAE": open_model_file("--vae", own).num_parameters() if own else file.num_parameters(_VAE),
     }
-    return replace(detect_variant(file), num_parameters=sizes)
+    return replace(detect_variant(file, velocity=options.value("v_parameterization")), num_parameters=sizes)
 
 
 def identities(options: OptionSet) -> dict[str, str]:
@@ -100,7 +131,7 @@ def identities(options: OptionSet) -> dict[str, str]:
     file = open_checkpoint(options.value("pretrained_model_name_or_path"))
     own = options.value("vae")
     vae = TensorFile(own).identity(_vae_prefix(own)) if own else file.identity(_VAE)
-    return {"vae": vae, "text": file.identity(_TEXT)}
+    return {"vae": vae, "text": file.identity(_text_prefix(file))}
 
 
 def load_components(options: OptionSet, need: Need) -> Components:
@@ -115,15 +146,25 @@ def load_components(options: OptionSet, need: Need) -> Components:
         own = options.value("vae")
         vae_file, prefix = (TensorFile(own), _vae_prefix(own)) if own else (file, _VAE)
         vae = load_vae(vae_file, prefix, dtype=need.vae_dtype, device=need.device)
-    encoder = load_clip_text(file, _TEXT, dtype=need.dtype, device=need.device) if need.text_encoders else None
+    encoder = _load_text_encoder(file, need) if need.text_encoders else None
     return Components(
         denoiser=(unet := load_unet(file, need) if need.denoiser else None),
         vae=vae,
         text_encoders=[encoder],
-        variant=detect_variant(file),
+        variant=detect_variant(file, velocity=options.value("v_parameterization")),
         source=file.path,
         published_denoiser=None if unet is None else published_view(unet, "diffusers"),
         published_text_encoders=[None if encoder is None else published_view(encoder, "clip")],
+    )
+
+
+def _load_text_encoder(file: TensorFile, need: Need) -> Any:
+    if not _is_v2(file):
+        return load_clip_text(file, _TEXT, dtype=need.dtype, device=need.device)
+    # version 2.x reads the states before the last block of OpenCLIP's tower
+    layers = highest_index(file.names, re.escape(_TEXT_V2) + r"transformer\.resblocks\.(\d+)\.") - 1
+    return load_open_clip_text(
+        file, _TEXT_V2, num_layers=layers, dtype=need.dtype, device=need.device, part="OpenCLIP text encoder"
     )
 
 
@@ -134,10 +175,11 @@ def _vae_prefix(path: str) -> str:
 
 def model_spec(variant: Variant) -> dict[str, str]:
     """Family entries of the modelspec metadata."""
-    del variant
+    velocity = variant.base_model_version.endswith("_v")
+    architectures = {"v1": "stable-diffusion-v1", "v2": "stable-diffusion-v2-768-v" if velocity else _V2_BASE}
     return {
-        "architecture": "stable-diffusion-v1",
+        "architecture": architectures[variant.name],
         "implementation": "diffusers",
-        "resolution": "512x512",
-        "prediction_type": "epsilon",
+        "resolution": "768x768" if variant.name == "v2" and velocity else "512x512",
+        "prediction_type": "v" if velocity else "epsilon",
     }

@@ -23,6 +23,10 @@ class TokenizeStrategy(ABC):
     def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
         """int64 tensors of the batch: one per tokenizer, then attention masks where the family needs them."""
 
+    def tokenize_prompt(self, text: str) -> list[Tensor]:
+        """As `tokenize`, of one prompt of a sample image."""
+        return self.tokenize([text])
+
     @abstractmethod
     def check_vocabularies(self, encoders: Sequence[nn.Module | None]) -> None:
         """Raise UserError when a tokenizer can make ids that its encoder has no embedding for."""

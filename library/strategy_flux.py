@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.batch import Conditioning, StepInputs
 from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow, resolution_shift, time_shifted
+from library.diffusion.from_options import flow_process
 from library.diffusion.process import per_sample
 from library.flux_models import image_ids, pack_latents, unpack_latents
 from library.modules import vae as autoencoder
@@ -231,26 +232,10 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
             FluxConditioning, (length, masked), {"apply_t5_attn_mask": masked}
         ),
         denoising=FluxDenoisingStrategy(
-            _flow(options),
+            flow_process(options, weighted=options.value("model_prediction_type") == "sigma_scaled"),
             guidance=options.value("guidance_scale"),
             prediction_type=options.value("model_prediction_type"),
             apply_t5_attn_mask=masked,
         ),
         conditioning=FluxConditioning,
-    )
-
-
-def _flow(options: OptionSet) -> RectifiedFlow:
-    low, high = options.value("min_timestep"), options.value("max_timestep")
-    return RectifiedFlow(
-        sampling=options.value("timestep_sampling"),
-        sigmoid_scale=options.value("sigmoid_scale"),
-        shift=options.value("discrete_flow_shift"),
-        weighting_scheme=options.value("weighting_scheme"),
-        logit_mean=options.value("logit_mean"),
-        logit_std=options.value("logit_std"),
-        mode_scale=options.value("mode_scale"),
-        weighted=options.value("model_prediction_type") == "sigma_scaled",
-        min_sigma=0.0 if low is None else low / NUM_TIMESTEPS,
-        max_sigma=1.0 if high is None else high / NUM_TIMESTEPS,
     )

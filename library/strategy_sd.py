@@ -1,4 +1,4 @@
-"""How Stable Diffusion 1.x tokenizes, encodes, noises and predicts."""
+"""How Stable Diffusion 1.x and 2.x tokenize, encode, noise and predict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.base.emphasis import weighted_parts
 from library.batch import Conditioning, StepInputs
-from library.diffusion.ddpm import NUM_TIMESTEPS, Ddpm
+from library.diffusion.ddpm import Ddpm
+from library.diffusion.from_options import ddpm_process
 from library.modules import vae as autoencoder
 from library.modules.components import Variant
-from library.modules.tokenizers import check_vocabulary, load_tokenizer
+from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import run_scheduler
+from library.sampling.samplers import make_scheduler, run_scheduler
 from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
@@ -27,9 +29,11 @@ from library.strategy_base import (
 )
 
 TOKENIZER = "openai/clip-vit-large-patch14"
+TOKENIZER_V2 = "stabilityai/stable-diffusion-2"  # gone from the hub; local copies have this name
 SCALE = 0.18215
 _WINDOW = 77  # tokens CLIP reads at once: BOS, 75 of text, EOS
 _BODY = 75
+_MOST_WINDOWS = 3  # of a sample prompt
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,64 @@ class SdConditioning(Conditioning):
 
 
 class SdTokenizeStrategy(TokenizeStrategy):
-    """CLIP tokens, cut into windows of 77 when longer captions are allowed."""
+    """CLIP tokens, cut into windows of 77 when longer captions are allowed.
 
-    def __init__(self, tokenizer: Any, max_token_length: int | None) -> None:
+    Args:
+        tokenizer: of CLIP.
+        max_token_length: of captions, without BOS and EOS; 75 when None.
+        weighted: whether captions may weight words, as in (word:1.2).
+    """
+
+    def __init__(self, tokenizer: Any, max_token_length: int | None, *, weighted: bool = False) -> None:
         self.tokenizer = tokenizer
         self.length = (max_token_length or _BODY) + 2
+        self.weighted = weighted
 
     def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
-        """[B, N, 77] int64, N windows."""
+        """Ids [B, N, 77] int64, N windows; with weighted captions then weights [B, N, 77] float32."""
+        if self.weighted:
+            return self._weighted(texts, self.length)
         encoded = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        return [split_windows(encoded.input_ids)]
+        return [self._windows(encoded.input_ids)]
+
+    def tokenize_prompt(self, text: str) -> list[Tensor]:
+        """As weighted captions, in as many windows as the text needs, at most three."""
+        parts = [self._body(part) for part, _ in weighted_parts(text)]
+        windows = min(_MOST_WINDOWS, max(1, -(-sum(map(len, parts)) // _BODY)))
+        return self._weighted([text], windows * _BODY + 2)
+
+    def _body(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _weighted(self, texts: Sequence[str], length: int) -> list[Tensor]:
+        start, end, pad = self._special()
+        ids = torch.full((len(texts), length), pad)
+        weights = torch.ones(len(texts), length)
+        for row, text in enumerate(texts):
+            tokens = [(token, weight) for part, weight in weighted_parts(text) for token in self._body(part)]
+            tokens = [(start, 1.0), *tokens[: length - 2], (end, 1.0)]
+            ids[row, : len(tokens)] = torch.tensor([token for token, _ in tokens])
+            weights[row, : len(tokens)] = torch.tensor([weight for _, weight in tokens])
+        return [self._windows(ids), split_windows(weights)]
+
+    def _special(self) -> tuple[int, int, int]:
+        """Ids of BOS, EOS and padding."""
+        tokenizer = self.tokenizer
+        return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+    def _windows(self, ids: Tensor) -> Tensor:
+        """Windows of token ids; where padding is no EOS, every window gets an EOS after its text."""
+        windows = split_windows(ids)
+        _, end, pad = self._special()
+        if windows.shape[1] == 1 or pad == end:
+            return windows
+        full = (windows[:, :, -2] != end) & (windows[:, :, -2] != pad)
+        windows[:, :, -1] = torch.where(full, end, windows[:, :, -1])
+        empty = windows[:, :, 1] == pad
+        windows[:, :, 1] = torch.where(empty, end, windows[:, :, 1])
+        return windows
 
     def check_vocabularies(self, encoders: Sequence[nn.Module | None]) -> None:
         """See the base class."""
@@ -84,7 +134,7 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         self.clip_skip = clip_skip
 
     def encode_tokens(self, tokens: Sequence[Tensor], encoders: Sequence[nn.Module | None]) -> SdConditioning:
-        """tokens: [B, N, 77]."""
+        """tokens: ids [B, N, 77], and weights [B, N, 77] by which the states are multiplied."""
         encoder = encoders[0]
         if encoder is None:
             return SdConditioning(hidden=None)
@@ -95,7 +145,11 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         else:
             output = encoder(flat, output_hidden_states=True)
             states = encoder.final_layer_norm(output.hidden_states[-self.clip_skip])
-        return SdConditioning(hidden=join_windows(states, ids.shape[1]))
+        states = join_windows(states, ids.shape[1])
+        if len(tokens) > 1:
+            weights = join_windows(tokens[1].flatten(0, 1)[..., None], ids.shape[1])
+            states = states * weights.to(states)
+        return SdConditioning(hidden=states)
 
     def blocks(self, encoder: nn.Module) -> list[nn.Module]:
         """See the base class."""
@@ -115,7 +169,7 @@ class SdLatentsCachingStrategy(LatentsCachingStrategy):
 
 
 class SdDenoisingStrategy(DenoisingStrategy):
-    """Noise prediction with diffusers' U-Net."""
+    """Prediction of noise or velocity with diffusers' U-Net."""
 
     latent_channels = 4
     spatial_factor = 8
@@ -139,8 +193,8 @@ class SdDenoisingStrategy(DenoisingStrategy):
         return autoencoder.decode(vae, latents / SCALE)
 
     def predict(self, denoiser: nn.Module, inputs: StepInputs, conditioning: Conditioning) -> Tensor:
-        """The predicted noise."""
-        return _predict_noise(denoiser, inputs.noisy, inputs.timesteps, conditioning)
+        """The predicted noise or velocity."""
+        return _predict(denoiser, inputs.noisy, inputs.timesteps, conditioning)
 
     def sample_latents(
         self,
@@ -154,37 +208,46 @@ class SdDenoisingStrategy(DenoisingStrategy):
         """See the base class."""
 
         def predict(latents: Tensor, times: Tensor) -> Tensor:
-            wanted = _predict_noise(denoiser, latents, times, positive)
-            unwanted = None if negative is None else _predict_noise(denoiser, latents, times, negative)
+            wanted = _predict(denoiser, latents, times, positive)
+            unwanted = None if negative is None else _predict(denoiser, latents, times, negative)
             return guided(wanted, unwanted, request.scale).float()
 
-        return run_scheduler(request.sampler or self.sampler, predict, noise, request.steps, generator)
+        scheduler = make_scheduler(
+            request.sampler or self.sampler,
+            velocity=self.process.velocity,
+            zero_terminal=self.process.zero_terminal,
+        )
+        return run_scheduler(scheduler, predict, noise, request.steps, generator)
 
 
-def _predict_noise(denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+def _predict(denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
     dtype = next(denoiser.parameters()).dtype
     return denoiser(noisy.to(dtype), times, conditioning.hidden.to(dtype)).sample
 
 
+def _tokenizer(options: OptionSet, variant: Variant) -> Any:
+    """CLIP's tokenizer; that of version 2.x pads with id 0 and has the same vocabulary."""
+    source = Path(options.value("pretrained_model_name_or_path"))
+    beside = (source.parent / "tokenizer", source / "tokenizer")
+    cache_dir = options.value("tokenizer_cache_dir")
+    if variant.name == "v2" and find_tokenizer(TOKENIZER_V2, cache_dir=cache_dir, beside=beside):
+        return load_tokenizer("CLIPTokenizer", TOKENIZER_V2, cache_dir=cache_dir, beside=beside, pad_id=0)
+    pad = 0 if variant.name == "v2" else None
+    return load_tokenizer("CLIPTokenizer", TOKENIZER, cache_dir=cache_dir, beside=beside, pad_id=pad)
+
+
 def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     """The strategies of a run with these options."""
-    del variant
-    low, high = options.value("min_timestep"), options.value("max_timestep")
-    process = Ddpm(min_timestep=0 if low is None else low, max_timestep=NUM_TIMESTEPS if high is None else high)
-    source = Path(options.value("pretrained_model_name_or_path"))
-    tokenizer = load_tokenizer(
-        "CLIPTokenizer",
-        TOKENIZER,
-        cache_dir=options.value("tokenizer_cache_dir"),
-        beside=(source.parent / "tokenizer", source / "tokenizer"),
-    )
+    tokenizer = _tokenizer(options, variant)
     return Strategies(
-        tokenize=SdTokenizeStrategy(tokenizer, options.value("max_token_length")),
+        tokenize=SdTokenizeStrategy(
+            tokenizer, options.value("max_token_length"), weighted=options.value("weighted_captions")
+        ),
         text_encoding=SdTextEncodingStrategy(options.value("clip_skip")),
         latents_caching=SdLatentsCachingStrategy(),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(
-            SdConditioning, (options.value("max_token_length"), options.value("clip_skip")), {}
+            SdConditioning, (options.value("max_token_length"), options.value("clip_skip"), variant.name), {}
         ),
-        denoising=SdDenoisingStrategy(process, options.value("sample_sampler") or "ddim"),
+        denoising=SdDenoisingStrategy(ddpm_process(options), options.value("sample_sampler") or "ddim"),
         conditioning=SdConditioning,
     )

@@ -17,6 +17,7 @@ from library.options.cache_tool import CacheToolOptions
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.captions import CaptionOptions
 from library.options.checks import missing_problems, shared_problems
+from library.options.conditions import condition_warnings
 from library.options.config import ConfigOptions
 from library.options.config_file import config_path
 from library.options.data import AugmentOptions, BucketOptions, DataOptions, DatasetDict
@@ -134,7 +135,7 @@ def check_options(family: Family | str, task: str, options: OptionSet) -> None:
     problems = find_problems(record, task, options)
     if task not in record.available_tasks:
         raise_problems(problems, FeatureNotAvailable if len(problems) == 1 else UserError)
-    for warning in no_effect_warnings(options, record.name):
+    for warning in (*no_effect_warnings(options, record.name), *condition_warnings(options)):
         logger.warning("%s", warning)
     raise_problems(problems)
 

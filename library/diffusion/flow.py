@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from library.diffusion.noise import LevelDraw
 from library.diffusion.process import per_sample
 
 NUM_TIMESTEPS = 1000
-LOGIT_SAMPLING = frozenset({"sigmoid", "shift", "flux_shift"})
+LOGIT_SAMPLING = frozenset({"sigmoid", "shift", "flux_shift", "nextdit_shift"})
+_SMALLEST = 1e-7  # noise level below which the logit of nextdit_shift is not followed
 
 
 def shifted(sigmas: Tensor, shift: float) -> Tensor:
@@ -54,7 +56,7 @@ class RectifiedFlow:
     """x = (1 - sigma) * data + sigma * noise; the model predicts the velocity noise - data.
 
     Attributes:
-        sampling: how noise levels are drawn: sigma, uniform, sigmoid, shift, flux_shift.
+        sampling: how noise levels are drawn: sigma, uniform, sigmoid, shift, flux_shift, nextdit_shift.
         weighting_scheme: density of `sigma` sampling, and the loss weight where `weighted`.
         weighted: whether `weighting_scheme` weights the loss.
         patch: latent pixels per token side, for the resolution-dependent shift.
@@ -73,39 +75,42 @@ class RectifiedFlow:
     max_sigma: float = 1.0
 
     def sample(
-        self, generators: Sequence[Generator], latent_size: tuple[int, int], offsets: Sequence[float] = ()
+        self, draws: Sequence[LevelDraw], latent_size: tuple[int, int], offsets: Sequence[float] = ()
     ) -> tuple[Tensor, Tensor | None]:
         """Draw sigmas, then restrict them to [min_sigma, max_sigma]; timesteps are 1000 * sigma.
 
         Offsets move the logit of what is drawn; `uniform` and `sigma` draw no logits and ignore them.
         """
-        draw = self._samplers()[self.sampling]
+        sampler = self._samplers()[self.sampling]
         tokens = (latent_size[0] // self.patch) * (latent_size[1] // self.patch)
-        sigmas = torch.cat([draw(generator, tokens) for generator in generators])
+        sigmas = torch.cat([sampler(draw, tokens) for draw in draws])
         if self.sampling in LOGIT_SAMPLING and any(offsets):
             sigmas = torch.sigmoid(torch.logit(sigmas) + torch.tensor(offsets, dtype=torch.float32))
         if (self.min_sigma, self.max_sigma) != (0.0, 1.0):
             sigmas = self.min_sigma + (self.max_sigma - self.min_sigma) * sigmas
         return sigmas * NUM_TIMESTEPS, sigmas
 
-    def _samplers(self) -> dict[str, Callable[[Generator, int], Tensor]]:
+    def _samplers(self) -> dict[str, Callable[[LevelDraw, int], Tensor]]:
         return {
-            "sigma": lambda g, _: discrete_sigmas(self.shift)[self._density_index(g)],
-            "uniform": lambda g, _: torch.rand(1, generator=g),
-            "sigmoid": lambda g, _: self._sigmoid(g),
-            "shift": lambda g, _: shifted(self._sigmoid(g), self.shift),
-            "flux_shift": lambda g, tokens: time_shifted(self._sigmoid(g), resolution_shift(tokens)),
+            "sigma": lambda draw, _: discrete_sigmas(self.shift)[self._density_index(draw)],
+            "uniform": lambda draw, _: draw.uniform(),
+            "sigmoid": lambda draw, _: self._sigmoid(draw),
+            "shift": lambda draw, _: shifted(self._sigmoid(draw), self.shift),
+            "flux_shift": lambda draw, tokens: time_shifted(self._sigmoid(draw), resolution_shift(tokens)),
+            "nextdit_shift": lambda draw, tokens: time_shifted(
+                draw.uniform().clamp(min=_SMALLEST), resolution_shift(tokens)
+            ),
         }
 
-    def _sigmoid(self, generator: Generator) -> Tensor:
-        return torch.sigmoid(self.sigmoid_scale * torch.randn(1, generator=generator))
+    def _sigmoid(self, draw: LevelDraw) -> Tensor:
+        return torch.sigmoid(self.sigmoid_scale * draw.normal())
 
-    def _density_index(self, generator: Generator) -> Tensor:
+    def _density_index(self, draw: LevelDraw) -> Tensor:
         """Index into the discrete noise levels, drawn with the density of `weighting_scheme`."""
         if self.weighting_scheme == "logit_normal":
-            u = torch.sigmoid(self.logit_mean + self.logit_std * torch.randn(1, generator=generator))
+            u = torch.sigmoid(self.logit_mean + self.logit_std * draw.normal())
         else:
-            u = torch.rand(1, generator=generator)
+            u = draw.uniform()
             if self.weighting_scheme == "mode":
                 u = 1 - u - self.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
         return (u * NUM_TIMESTEPS).long().clamp(0, NUM_TIMESTEPS - 1)
@@ -129,3 +134,8 @@ class RectifiedFlow:
         if not self.weighted:
             return None
         return loss_weighting(self.weighting_scheme, timesteps / NUM_TIMESTEPS if sigmas is None else sigmas)
+
+    def noise_to_signal(self, timesteps: Tensor, sigmas: Tensor | None) -> Tensor:
+        """sigma / (1 - sigma)."""
+        s = timesteps / NUM_TIMESTEPS if sigmas is None else sigmas
+        return s / (1.0 - s)

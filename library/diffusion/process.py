@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from library.diffusion.noise import LevelDraw
 
 
 class NoiseProcess(Protocol):
@@ -14,12 +16,12 @@ class NoiseProcess(Protocol):
     """
 
     def sample(
-        self, generators: Sequence[Generator], latent_size: tuple[int, int], offsets: Sequence[float] = ()
+        self, draws: Sequence[LevelDraw], latent_size: tuple[int, int], offsets: Sequence[float] = ()
     ) -> tuple[Tensor, Tensor | None]:
-        """Draw the noise level of each item from its own generator: (timesteps, sigmas or None).
+        """Draw the noise level of each item from its own source: (timesteps, sigmas or None).
 
         Args:
-            generators: one per item.
+            draws: one per item.
             latent_size: (height, width) of the latents.
             offsets: shift of each item's distribution towards noise, in logits; processes without logits ignore it.
         """
@@ -39,6 +41,10 @@ class NoiseProcess(Protocol):
 
     def weight(self, timesteps: Tensor, sigmas: Tensor | None) -> Tensor | None:
         """Loss weight of each sample [B], or None for 1."""
+        ...
+
+    def noise_to_signal(self, timesteps: Tensor, sigmas: Tensor | None) -> Tensor:
+        """Amplitude of the noise over that of the data [B]; infinite where nothing of the data is left."""
         ...
 
 

@@ -1,14 +1,19 @@
-"""CLIP text encoders, with sizes read from tensor shapes."""
+"""CLIP text encoders, with sizes read from tensor shapes.
 
-from collections.abc import Mapping
+Two layouts: Hugging Face's and OpenCLIP's, whose blocks hold query, key and value in one matrix.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import KnownShapes, TensorFile
-from library.modules.loading import highest_index, load_module, merge_config, readers
+from library.modules.loading import highest_index, load_module, merge_config
 
 _PUBLISHED = "text_model."
 _HEAD_SIZE = 64
@@ -27,8 +32,77 @@ def clip_text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "num_hidden_layers": highest_index(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(1, hidden // _HEAD_SIZE),
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
-        "hidden_act": "quick_gelu",
     }
+
+
+_OPEN_CLIP_BLOCK = {
+    "ln_1.": "layer_norm1.",
+    "ln_2.": "layer_norm2.",
+    "mlp.c_fc.": "mlp.fc1.",
+    "mlp.c_proj.": "mlp.fc2.",
+    "attn.out_proj.": "self_attn.out_proj.",
+}
+_OPEN_CLIP_TOP = {
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_JOINED = re.compile(r"attn\.in_proj_(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of the tower lies in a file: all of a tensor, or one of three equal parts of its rows."""
+
+    name: str
+    part: int | None = None
+
+    def shape(self, file: TensorFile) -> tuple[int, ...]:
+        """Of the tensor, without reading it."""
+        shape = file.shapes[self.name]
+        return shape if self.part is None else (shape[0] // 3, *shape[1:])
+
+    def read(self, file: TensorFile) -> Tensor:
+        """The tensor."""
+        tensor = file.tensor(self.name)
+        return tensor if self.part is None else tensor.chunk(3, dim=0)[self.part]
+
+
+def open_clip_names(names: Iterable[str], prefix: str, *, num_layers: int | None = None) -> dict[str, Stored]:
+    """Hugging Face name with the `text_model.` prefix -> place in a file of OpenCLIP's layout.
+
+    Args:
+        names: of the file.
+        prefix: before the tower's names.
+        num_layers: blocks to take; all when None.
+    """
+    found: dict[str, Stored] = {}
+    for name in names:
+        if not name.startswith(prefix):
+            continue
+        rest = name.removeprefix(prefix)
+        if rest in _OPEN_CLIP_TOP:
+            found[_PUBLISHED + _OPEN_CLIP_TOP[rest]] = Stored(name)
+        block = re.match(r"transformer\.resblocks\.(\d+)\.(.+)$", rest)
+        if block is None or (num_layers is not None and int(block[1]) >= num_layers):
+            continue
+        start, inner = f"{_PUBLISHED}encoder.layers.{block[1]}.", block[2]
+        if joined := _JOINED.match(inner):
+            for part, letter in enumerate("qkv"):
+                found[f"{start}self_attn.{letter}_proj.{joined[1]}"] = Stored(name, part)
+        for theirs, ours in _OPEN_CLIP_BLOCK.items():
+            if inner.startswith(theirs):
+                found[start + ours + inner.removeprefix(theirs)] = Stored(name)
+    return found
+
+
+def load_open_clip_text(
+    file: TensorFile, prefix: str, *, num_layers: int, dtype: torch.dtype, device: torch.device | str, part: str
+) -> nn.Module:
+    """The first `num_layers` blocks of an OpenCLIP text tower as transformers' CLIPTextModel."""
+    stored = open_clip_names(file.names, prefix, num_layers=num_layers)
+    return _load_tower(file, stored, "gelu", dtype=dtype, device=device, part=part)
 
 
 def load_clip_text(
@@ -39,8 +113,6 @@ def load_clip_text(
     `prefix` ends before `text_model.`; files whose text tower lacks that level are accepted. A text projection in the
     file is not used by this tower and left out.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     stored = {_with_text_model(name.removeprefix(prefix)): name for name in file.names if name.startswith(prefix)}
     skipped = (f"{_PUBLISHED}embeddings.position_ids", "text_projection.weight", "logit_scale")
     stored = {name: original for name, original in stored.items() if name not in skipped}
@@ -48,15 +120,28 @@ def load_clip_text(
         raise CheckpointError(
             str(file.path), message=f"holds no {part} (no token embedding below {prefix!r}); name another file"
         )
-    shapes = KnownShapes({name: file.shapes[original] for name, original in stored.items()}, file.path)
-    inferred = clip_text_config(shapes)
+    places = {name: Stored(original) for name, original in stored.items()}
+    return _load_tower(file, places, "quick_gelu", dtype=dtype, device=device, part=part)
+
+
+def _load_tower(
+    file: TensorFile,
+    stored: Mapping[str, Stored],
+    activation: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    part: str,
+) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shapes = KnownShapes({name: place.shape(file) for name, place in stored.items()}, file.path)
+    inferred = {**clip_text_config(shapes), "hidden_act": activation}
     fixed = [key for key in inferred if key not in ("num_attention_heads", "hidden_act")]
     config = CLIPTextConfig(**merge_config(inferred, file, fixed=fixed), bos_token_id=None, eos_token_id=2)
     # transformers 5 dropped the `text_model.` level inside CLIPTextModel
-    names = {name.removeprefix(_PUBLISHED): original for name, original in stored.items()}
-    return load_module(
-        lambda: CLIPTextModel(config), readers(file, names), path=file.path, part=part, dtype=dtype, device=device
-    )
+    tensors = {name.removeprefix(_PUBLISHED): (lambda place=place: place.read(file)) for name, place in stored.items()}
+    return load_module(lambda: CLIPTextModel(config), tensors, path=file.path, part=part, dtype=dtype, device=device)
 
 
 def _with_text_model(name: str) -> str:

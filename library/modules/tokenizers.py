@@ -33,18 +33,27 @@ class LocalTokenizer:
     Args:
         class_name: in transformers.
         folder: with the vocabulary.
+        pad_id: id of the padding token, where it is not the tokenizer's own.
     """
 
-    def __init__(self, class_name: str, folder: Path) -> None:
+    def __init__(self, class_name: str, folder: Path, pad_id: int | None = None) -> None:
         self.class_name = class_name
         self.folder = folder
+        self.pad_id = pad_id
 
     @cached_property
     def loaded(self) -> Any:
         """The tokenizer itself."""
         import transformers
 
-        return getattr(transformers, self.class_name).from_pretrained(self.folder, local_files_only=True)
+        tokenizer = getattr(transformers, self.class_name).from_pretrained(self.folder, local_files_only=True)
+        return _padded_with(tokenizer, self.pad_id)
+
+    def __getattr__(self, name: str) -> Any:
+        """Ids of special tokens."""
+        if not name.endswith("_token_id"):
+            raise AttributeError(name)
+        return getattr(self.loaded, name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Token ids of texts."""
@@ -55,15 +64,35 @@ class LocalTokenizer:
         return self.loaded.get_vocab()
 
 
-def load_tokenizer(class_name: str, hub_id: str, *, cache_dir: str | None, beside: Sequence[Path] = ()) -> Any:
+def _padded_with(tokenizer: Any, pad_id: int | None) -> Any:
+    if pad_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return tokenizer
+
+
+def load_tokenizer(
+    class_name: str,
+    hub_id: str,
+    *,
+    cache_dir: str | None,
+    beside: Sequence[Path] = (),
+    pad_id: int | None = None,
+) -> Any:
     """A tokenizer from a local folder, else from the hub.
+
+    Args:
+        class_name: in transformers.
+        hub_id: name on the hub.
+        cache_dir: folder of local copies, by name.
+        beside: folders to look in first.
+        pad_id: id of the padding token, where it is not the tokenizer's own.
 
     Raises:
         UserError: found nowhere; the text lists the places and says how to provide it.
     """
     local = find_tokenizer(hub_id, cache_dir=cache_dir, beside=beside)
     if local is not None:
-        return LocalTokenizer(class_name, local)
+        return LocalTokenizer(class_name, local, pad_id)
     import transformers
 
     tokenizer_class = getattr(transformers, class_name)
@@ -81,7 +110,7 @@ def load_tokenizer(class_name: str, hub_id: str, *, cache_dir: str | None, besid
         ) from error
     if cache_dir:
         tokenizer.save_pretrained(Path(cache_dir) / hub_id.replace("/", "_"))
-    return tokenizer
+    return _padded_with(tokenizer, pad_id)
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int, *, name: str, extra_ids: Iterable[int] = ()) -> None:

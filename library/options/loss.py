@@ -20,6 +20,10 @@ class LossOptions:
     huber_scale: float = option(1.0, help="factor of the Huber constant")
     masked_loss: bool = option(False, help="weight the loss by the masks in --conditioning_data_dir")
 
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        yield from above(0, huber_c=self.huber_c, huber_scale=self.huber_scale)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SnrLossOptions:

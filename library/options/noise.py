@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
+from library.options.ranges import above, at_least
 from library.options.schema import option
 
 
@@ -21,11 +22,17 @@ class NoiseOptions:
     zero_terminal_snr: bool = option(False, help="change the schedule so that the last step is noise alone")
     min_timestep: int | None = option(None, help="earliest time that is trained, 0 to 999")
     max_timestep: int | None = option(None, help="end of the times that are trained, 1 to 1000")
+    num_timestep_buckets: int | None = option(
+        None, help="draw times evenly: of every n images, one from each n-th part of the distribution"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
         if self.adaptive_noise_scale is not None and self.noise_offset is None:
             yield Problem("--adaptive_noise_scale", "needs --noise_offset")
+        yield from at_least(0, multires_noise_iterations=self.multires_noise_iterations)
+        yield from at_least(1, num_timestep_buckets=self.num_timestep_buckets)
+        yield from above(0, multires_noise_discount=self.multires_noise_discount)
         for name in ("min_timestep", "max_timestep"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1000:

@@ -17,10 +17,7 @@ def _same(feature: str, *names: str) -> dict[str, str]:
 
 # option name -> the feature behind it
 PENDING_FLAGS: dict[str, str] = {
-    **_same("Stable Diffusion 2.x", "v2"),
-    **_same("velocity prediction", "v_parameterization"),
     **_same("a dataset class of your own", "dataset_class"),
-    **_same("weighted captions", "weighted_captions"),
     **_same("training in half precision throughout", "full_fp16", "full_bf16"),
     **_same("8-bit base models", "fp8_base", "fp8_base_unet"),
     **_same("activation offloading", "cpu_offload_checkpointing", "unsloth_offload_checkpointing"),
@@ -30,18 +27,6 @@ PENDING_FLAGS: dict[str, str] = {
     **_same("fused updates", "fused_backward_pass"),
     **_same("the Lion optimizer", "use_lion_optimizer"),
     **_same("schedules of your own", "lr_scheduler_type", "lr_scheduler_args"),
-    **_same("noise offset", "noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
-    **_same("multi-resolution noise", "multires_noise_iterations", "multires_noise_discount"),
-    **_same("input perturbation", "ip_noise_gamma", "ip_noise_gamma_random_strength"),
-    **_same("zero terminal SNR", "zero_terminal_snr"),
-    **_same("the Huber loss", "huber_schedule", "huber_c", "huber_scale"),
-    **_same(
-        "loss weighting by noise level",
-        "min_snr_gamma",
-        "scale_v_pred_loss_like_noise_pred",
-        "v_pred_like_loss",
-        "debiased_estimation_loss",
-    ),
     **_same("inpainting training", "train_inpainting"),
     **_same("the preview of noise levels", "show_timesteps", "show_timesteps_resolution", "show_timesteps_offset"),
     **_same(
@@ -75,7 +60,6 @@ PENDING_FLAGS: dict[str, str] = {
 AVAILABLE_VALUES: dict[str, frozenset[Any]] = {
     "optimizer_type": frozenset({"", "adamw", "adamw8bit", "adafactor"}),
     "lr_scheduler": frozenset({"constant", "constant_with_warmup", "cosine", "linear"}),
-    "loss_type": frozenset({"l2"}),
     "log_with": frozenset({None, "tensorboard"}),
     "model_type": frozenset({"flux"}),
 }
@@ -88,16 +72,12 @@ _FLOW_NO_EFFECT: dict[str, str] = {
     "v_parameterization": "flow-matching models always predict velocity",
     "clip_skip": _CLIP_ONLY,
     "max_token_length": _CLIP_ONLY,
-    "noise_offset": _UNET_ONLY,
-    "noise_offset_random_strength": _UNET_ONLY,
-    "adaptive_noise_scale": _UNET_ONLY,
-    "multires_noise_iterations": _UNET_ONLY,
-    "multires_noise_discount": _UNET_ONLY,
     "zero_terminal_snr": _UNET_ONLY,
     "min_snr_gamma": "weights by signal-to-noise ratio belong to the discrete schedule; see --weighting_scheme",
     "scale_v_pred_loss_like_noise_pred": _UNET_ONLY,
     "v_pred_like_loss": _UNET_ONLY,
     "debiased_estimation_loss": "weights by signal-to-noise ratio belong to the discrete schedule",
+    "weighted_captions": "weights of words are read in the captions of Stable Diffusion and SDXL only",
     "sample_sampler": "samples are made with the flow's own Euler method",
 }
 

@@ -1,5 +1,6 @@
 """Denoising loops."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,13 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_scheduler(name: str) -> Any:
+def make_scheduler(name: str, *, velocity: bool = False, zero_terminal: bool = False) -> Any:
     """diffusers' scheduler for a sampler name, on the training schedule.
+
+    Args:
+        name: of the sampler.
+        velocity: whether the model predicts the velocity.
+        zero_terminal: whether it was trained with `--zero_terminal_snr`; samplers then start at the last timestep.
 
     Raises:
         UserError: unknown name.
@@ -44,7 +50,14 @@ def make_scheduler(name: str) -> Any:
     if name not in SCHEDULERS:
         raise UserError("--sample_sampler", name, f"expected one of {', '.join(SCHEDULERS)}")
     class_name, extra = SCHEDULERS[name]
-    return getattr(diffusers, class_name)(
+    scheduler_class = getattr(diffusers, class_name)
+    if zero_terminal:
+        if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class.__init__).parameters:
+            ready = "ddim, ddpm, euler, euler_a, dpmsolver"
+            raise UserError("--sample_sampler", name, f"cannot follow --zero_terminal_snr; use one of {ready}")
+        extra = {**extra, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return scheduler_class(
+        prediction_type="v_prediction" if velocity else "epsilon",
         num_train_timesteps=ddpm.NUM_TIMESTEPS,
         beta_start=ddpm.BETA_START,
         beta_end=ddpm.BETA_END,
@@ -53,9 +66,8 @@ def make_scheduler(name: str) -> Any:
     )
 
 
-def run_scheduler(name: str, predict: Predict, noise: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+def run_scheduler(scheduler: Any, predict: Predict, noise: Tensor, steps: int, generator: torch.Generator) -> Tensor:
     """Denoise unit noise [B, C, H, W] with a diffusers scheduler; ancestral noise comes from `generator`."""
-    scheduler = make_scheduler(name)
     scheduler.set_timesteps(steps, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
     takes_generator = "generator" in scheduler.step.__code__.co_varnames

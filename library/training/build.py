@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from library.checkpoint.saver import Saver, StateSaver
 from library.checkpoint.state_files import SavedState, write_state
 from library.data.dataset import LatentReader, TextReader, TrainDataset
 from library.data.loader import TrainData
+from library.diffusion.from_options import noise_recipe, sample_loss
 from library.family import Family
 from library.modules.checkpointing import checkpointed
 from library.modules.compiling import compile_blocks
@@ -34,10 +35,12 @@ from library.optim.schedulers import build_schedule
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.compiling import CompileOptions
 from library.options.debug import RecordOptions
+from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
 from library.options.metadata import MetadataOptions
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
+from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
@@ -211,13 +214,15 @@ class Readable:
         train: images to train on.
         validation: images to validate on.
         latents: gives the latents of their batches.
-        texts: conditioning of single texts, or None where encoders stay.
+        texts: conditioning of single captions, or None where encoders stay.
+        prompts: the same of the prompts of sample images.
     """
 
     train: TrainDataset
     validation: TrainDataset
     latents: LatentSource
     texts: Mapping[str, Conditioning] | None
+    prompts: Mapping[str, Conditioning] | None
 
 
 def make_disk_caches(setting: Setting) -> DiskCaches | None:
@@ -265,6 +270,7 @@ def fill_caches(
         plan.dataset(validation=True, latents=latents[1], texts=texts[1]),
         LatentSource(encoder),
         _texts_in_memory(setting, components, autocast, replay, on_disk=texts[0] is not None),
+        _prompts_in_memory(setting, components, autocast),
     )
 
 
@@ -278,14 +284,14 @@ def text_batch_size(setting: Setting) -> int:
 def _texts_in_memory(
     setting: Setting, components: Components, autocast: Autocast, replay: Replay | None, *, on_disk: bool
 ) -> Mapping[str, Conditioning] | None:
-    """Conditioning of sample prompts, and of captions unless files hold them."""
+    """Conditioning of captions; empty where files hold them."""
     if not setting.plan.cache_text:
         return None
-    texts = [text for request in setting.inspected.requests for text in (request.prompt, request.negative)]
+    texts: list[str] = []
     if not on_disk:
         dataset, held_out = setting.plan.dataset(), setting.plan.dataset(validation=True)
         # a replay trains on the captions of its record, whatever the files say now
-        texts += replay.captions() if replay is not None else _captions(dataset)
+        texts = replay.captions() if replay is not None else _captions(dataset)
         texts += _captions(held_out)
     return cache_text_outputs(
         texts,
@@ -293,6 +299,18 @@ def _texts_in_memory(
         batch_size=text_batch_size(setting),
         show_progress=setting.processes.is_main,
     )
+
+
+def _prompts_in_memory(
+    setting: Setting, components: Components, autocast: Autocast
+) -> Mapping[str, Conditioning] | None:
+    """Conditioning of sample prompts, where text encoders leave after caching."""
+    if not setting.plan.cache_text or not setting.inspected.requests:
+        return None
+    encoders = components.text_encoders
+    source = ConditioningSource(setting.strategies, encoders, [False] * len(encoders), None, setting.device, autocast)
+    texts = {text for request in setting.inspected.requests for text in (request.prompt, request.negative)}
+    return {text: source.for_prompt(text).to(torch.device("cpu")) for text in sorted(texts)}
 
 
 def _captions(data: TrainDataset) -> list[str]:
@@ -305,15 +323,17 @@ def make_conditioning(
     components: Components,
     trained: list[bool],
     autocast: Autocast,
-    cached: Mapping[str, Conditioning] | None,
+    readable: Readable,
 ) -> ConditioningSource:
     """Text conditioning; encoders that are not needed any more are let go."""
     encoders = components.text_encoders
-    if cached is not None:
+    if readable.texts is not None:
         for index, on in enumerate(trained):
             if not on:
                 encoders[index] = components.published_text_encoders[index] = None
-    return ConditioningSource(setting.strategies, encoders, trained, cached, setting.device, autocast)
+    return ConditioningSource(
+        setting.strategies, encoders, trained, readable.texts, setting.device, autocast, readable.prompts
+    )
 
 
 def bring_denoiser(setting: Setting, components: Components) -> None:
@@ -482,6 +502,18 @@ def make_services(
     return ServiceList(services), saver, runner
 
 
+def make_assembler(setting: Setting, latents: LatentSource, seed: int, options: NoiseOptions) -> StepAssembler:
+    """What makes the inputs of steps from their batches."""
+    return StepAssembler(
+        setting.strategies.denoising,
+        latents,
+        seed,
+        setting.device,
+        noise_recipe(options),
+        options.num_timestep_buckets,
+    )
+
+
 def add_validation(
     setting: Setting, session: Session, readable: Readable, losses: Callable[[StepInputs], Tensor]
 ) -> None:
@@ -495,7 +527,7 @@ def add_validation(
     validator = Validator(
         options,
         readable.validation,
-        StepAssembler(setting.strategies.denoising, readable.latents, seed, setting.device),
+        make_assembler(setting, readable.latents, seed, replace(plan.options[NoiseOptions], num_timestep_buckets=None)),
         losses,
         setting.processes,
         (low or 0, 1000 if high is None else high),
@@ -596,7 +628,7 @@ def build_session(
     trained = [False] * len(components.text_encoders)
     if not options.network_train_unet_only:
         trained = setting.strategies.text_encoding.trained_encoders(components.text_encoders, task.adapter.network)
-    conditioning = make_conditioning(setting, components, trained, autocast, readable.texts)
+    conditioning = make_conditioning(setting, components, trained, autocast, readable)
     bring_denoiser(setting, components)
     wrap_blocks(setting, components, trained)
     optimizer = make_optimizer(setting, task)
@@ -627,7 +659,8 @@ def build_session(
         strategies=setting.strategies,
         task=task,
         data=data,
-        inputs=replay or StepAssembler(setting.strategies.denoising, readable.latents, plan.seed, setting.device),
+        inputs=replay or make_assembler(setting, readable.latents, plan.seed, plan.options[NoiseOptions]),
+        criterion=sample_loss(plan.options[LossOptions], setting.strategies.denoising.process),
         conditioning=conditioning,
         optimizer=optimizer,
         progress=progress,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.batch import Conditioning
 from library.strategy_base import Strategies
@@ -29,6 +29,7 @@ class ConditioningSource:
         encoders: loaded text encoders, None where one is absent.
         trained: which of them an adapter changes.
         cached: caption -> conditioning with the outputs of the untrained encoders, or None.
+        prompts: the same for the prompts of sample images, which may be longer and weighted.
         device: where conditioning is needed.
         autocast: makes the context the encoders run in.
     """
@@ -41,6 +42,7 @@ class ConditioningSource:
         cached: Mapping[str, Conditioning] | None,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[None]],
+        prompts: Mapping[str, Conditioning] | None = None,
     ) -> None:
         self.strategies = strategies
         self.encoders = list(encoders)
@@ -48,10 +50,13 @@ class ConditioningSource:
         self.cached = cached
         self.device = device
         self.autocast = autocast
+        self.prompts = prompts
 
     def encode(self, captions: Sequence[str], encoders: Sequence[nn.Module | None]) -> Conditioning:
         """Run the given encoders; grad mode is the caller's."""
-        tokens = self.strategies.tokenize.tokenize(captions)
+        return self._encode(self.strategies.tokenize.tokenize(captions), encoders)
+
+    def _encode(self, tokens: Sequence[Tensor], encoders: Sequence[nn.Module | None]) -> Conditioning:
         with self.autocast():
             return self.strategies.text_encoding.encode_tokens(tokens, encoders).to(self.device)
 
@@ -79,4 +84,11 @@ class ConditioningSource:
     def for_prompt(self, prompt: str) -> Conditioning:
         """Conditioning of a sample prompt, without gradients."""
         with torch.no_grad():
-            return self.get([prompt])
+            tokens = self.strategies.tokenize.tokenize_prompt(prompt)
+            if self.prompts is None:
+                return self._encode(tokens, self.encoders)
+            found = self.prompts[prompt].to(self.device)
+            if not any(self.trained):
+                return found
+            live = [encoder if on else None for encoder, on in zip(self.encoders, self.trained)]
+            return found.merged(self._encode(tokens, live))

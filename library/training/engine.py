@@ -12,7 +12,6 @@ from library.base.randomness import seeded_globals
 from library.batch import Conditioning, StepInputs, TrainBatch
 from library.data.attributes import preserved
 from library.data.loader import Window
-from library.diffusion.losses import sample_losses
 from library.diffusion.process import per_sample
 from library.options.state import StateOptions
 from library.training.control import Control, Orders
@@ -146,7 +145,7 @@ class Trainer:
             prediction = s.task.predict(inputs, conditioning)
             if any(kept := preserved(inputs.batch.attributes)):
                 inputs = self._with_own_target(inputs, conditioning, kept)
-        return sample_losses(prediction, inputs)
+        return s.criterion(prediction, inputs)
 
     def _with_own_target(self, inputs: StepInputs, conditioning: Conditioning, kept: Sequence[bool]) -> StepInputs:
         """Inputs whose target is the untrained model's prediction where an image asks for it."""

@@ -7,7 +7,7 @@ import torch
 from library.base.randomness import address
 from library.batch import StepInputs, TrainBatch
 from library.data import attributes
-from library.diffusion.noise import draw_noise, item_generators
+from library.diffusion.noise import LevelDraw, NoiseRecipe, item_generators, strata
 from library.strategy_base import DenoisingStrategy
 from library.training.latents import LatentSource
 
@@ -28,13 +28,25 @@ class StepAssembler:
         latents: where latents come from.
         seed: of the run.
         device: where the model computes.
+        recipe: what is drawn besides plain noise.
+        num_strata: see `--num_timestep_buckets`; None draws every level alone.
     """
 
-    def __init__(self, denoising: DenoisingStrategy, latents: LatentSource, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        denoising: DenoisingStrategy,
+        latents: LatentSource,
+        seed: int,
+        device: torch.device,
+        recipe: NoiseRecipe | None = None,
+        num_strata: int | None = None,
+    ) -> None:
         self.denoising = denoising
         self.latents = latents
         self.seed = seed
         self.device = device
+        self.recipe = recipe or NoiseRecipe()
+        self.num_strata = num_strata
 
     def assemble(self, batch: TrainBatch, *, purpose: str = "step", timestep: float | None = None) -> StepInputs:
         """Inputs of a batch.
@@ -47,10 +59,12 @@ class StepAssembler:
         process = self.denoising.process
         latents = self.denoising.scale_latents(self.latents.get(batch)).cpu()
         size = latents.shape[-2], latents.shape[-1]
-        noise = draw_noise(item_generators(self.seed, f"{purpose} noise", batch.items), latents.shape[1:])
+        generators = item_generators(self.seed, f"{purpose} noise", batch.items)
+        noise = self.recipe.draw(generators, latents)
+        disturbed = self.recipe.perturbed(generators, noise)
         if timestep is None:
-            generators = item_generators(self.seed, f"{purpose} time", batch.items)
-            timesteps, sigmas = process.sample(generators, size, attributes.timestep_offsets(batch.attributes))
+            draws = self._level_draws(batch, purpose)
+            timesteps, sigmas = process.sample(draws, size, attributes.timestep_offsets(batch.attributes))
         else:
             timesteps = torch.full((batch.size,), float(timestep))
             sigmas = process.at(timesteps)
@@ -59,10 +73,18 @@ class StepAssembler:
             batch=batch,
             latents=latents,
             noise=noise,
-            noisy=process.mix(latents, noise, timesteps, sigmas),
+            noisy=process.mix(latents, disturbed, timesteps, sigmas),
             timesteps=timesteps,
             sigmas=sigmas,
             target=process.target(latents, noise, timesteps),
             weight=process.weight(timesteps, sigmas),
             module_seed=address(self.seed, "module", first.epoch, batch.ordinal),
         ).to(self.device)
+
+    def _level_draws(self, batch: TrainBatch, purpose: str) -> list[LevelDraw]:
+        generators = item_generators(self.seed, f"{purpose} time", batch.items)
+        if self.num_strata is None:
+            return [LevelDraw(generator) for generator in generators]
+        first = batch.ordinal * batch.size
+        chosen = strata(self.seed, batch.items[0].epoch, first, batch.size, self.num_strata)
+        return [LevelDraw(generator, stratum) for generator, stratum in zip(generators, chosen)]

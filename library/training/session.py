@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from library.data.loader import Window
+from library.diffusion.losses import SampleLoss
 from library.modules.components import Components
 from library.optim.driver import OptimizerDriver
 from library.strategy_base import Strategies
@@ -41,6 +42,7 @@ class Session:
     task: TrainingTask
     data: WindowSource
     inputs: StepInputsSource
+    criterion: SampleLoss
     conditioning: ConditioningSource
     optimizer: OptimizerDriver
     progress: Progress

@@ -13,21 +13,22 @@ from library.diffusion.flow import (
     shifted,
     time_shifted,
 )
+from library.diffusion.noise import LevelDraw
 from library.diffusion.process import fixed_timesteps
 from library.strategy_flux import sampling_sigmas
 
 
 def draw(flow, count=4000, size=(32, 32)):
     generators = [torch.Generator().manual_seed(n) for n in range(count)]
-    timesteps, sigmas = flow.sample(generators, size)
+    timesteps, sigmas = flow.sample([LevelDraw(g) for g in generators], size)
     assert torch.allclose(timesteps, sigmas * 1000)
     return sigmas
 
 
 def test_each_item_has_its_own_draw():
     flow = RectifiedFlow(sampling="sigmoid")
-    alone = [flow.sample([torch.Generator().manual_seed(n)], (8, 8))[1].item() for n in range(3)]
-    together = flow.sample([torch.Generator().manual_seed(n) for n in range(3)], (8, 8))[1].tolist()
+    alone = [flow.sample([LevelDraw(torch.Generator().manual_seed(n))], (8, 8))[1].item() for n in range(3)]
+    together = flow.sample([LevelDraw(torch.Generator().manual_seed(n)) for n in range(3)], (8, 8))[1].tolist()
     assert alone == together
 
 

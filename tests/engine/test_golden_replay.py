@@ -8,6 +8,14 @@ from support.runs import FAMILY_OF, Case, events, run_training
 from library.base.safetensors_io import load_file, read_header
 
 CASES = [
+    "sd15_lora_mask",
+    "sd15_opt_huber_sched",
+    "sd15_opt_multires_vlike",
+    "sd15_opt_vpred_zsnr",
+    "sd15_opt_polynomial_accum",
+    "sd2_lora_b2_cache",
+    "flux_lora_dims_weighting",
+    "flux_lora_flux_shift_t5lora",
     "sd15_lora_b1",
     "sd15_lora_b2_cache_disk",
     "sd15_lora_conv_te_lr",

@@ -167,17 +167,44 @@ def test_every_sampler_brings_noise_to_the_image(name):
 
     answer = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
 
-    def model(scheduler_is_sigma):
-        def predict(noisy, times):
-            index = times.float().clamp(0, 999).round().long()
-            signal = alphas_cumprod()[index].view(-1, 1, 1, 1)
-            return (noisy - signal.sqrt() * answer) / (1 - signal).sqrt().clamp(min=1e-3)
-
-        return predict
+    def predict(noisy, times):
+        index = times.float().clamp(0, 999).round().long()
+        signal = alphas_cumprod()[index].view(-1, 1, 1, 1)
+        return (noisy - signal.sqrt() * answer) / (1 - signal).sqrt().clamp(min=1e-3)
 
     noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    result = run_scheduler(name, model(make_scheduler(name)), noise, 12, torch.Generator().manual_seed(0))
+    result = run_scheduler(make_scheduler(name), predict, noise, 12, torch.Generator().manual_seed(0))
     assert (result - answer).abs().mean() < 0.35
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler_a", "dpmsolver++"])
+def test_samplers_follow_a_zero_terminal_schedule_of_velocities(name):
+    """They begin where nothing of the image is left, as training does."""
+    from library.diffusion.ddpm import alphas_cumprod
+    from library.sampling.samplers import make_scheduler, run_scheduler
+
+    answer = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
+    signals = alphas_cumprod(zero_terminal=True)
+    seen = []
+
+    def predict(noisy, times):
+        seen.append(float(times[0]))
+        signal = signals[times.float().clamp(0, 999).round().long()].view(-1, 1, 1, 1)
+        noise = (noisy - signal.sqrt() * answer) / (1 - signal).sqrt()
+        return signal.sqrt() * noise - (1 - signal).sqrt() * answer
+
+    noise = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = make_scheduler(name, velocity=True, zero_terminal=True)
+    result = run_scheduler(scheduler, predict, noise, 12, torch.Generator().manual_seed(0))
+    assert seen[0] == pytest.approx(999, abs=1)
+    assert (result - answer).abs().mean() < 0.35
+
+
+def test_samplers_that_cannot_follow_it_say_so():
+    from library.sampling.samplers import make_scheduler
+
+    with pytest.raises(UserError, match="zero_terminal_snr"):
+        make_scheduler("lms", zero_terminal=True)
 
 
 def test_validation_is_the_same_whatever_training_drew(arguments):

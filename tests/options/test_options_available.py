@@ -170,7 +170,6 @@ def test_pending_flags_all_exist():
     [
         ("optimizer_type", ["AdamW", "adamw8bit", "AdaFactor"], "Prodigy"),
         ("lr_scheduler", ["constant_with_warmup", "cosine", "linear"], "polynomial"),
-        ("loss_type", ["l2"], "huber"),
         ("log_with", ["tensorboard"], "wandb"),
     ],
 )
@@ -192,7 +191,9 @@ def test_chroma_is_not_there_yet():
         ("flux", {"clip_skip": 2}, "--clip_skip has no effect: it belongs to the CLIP prompts"),
         ("flux", {"v2": True, "v_parameterization": True}, "--v2 has no effect: it names Stable Diffusion 2.x"),
         ("flux", {"min_snr_gamma": 5.0}, "--min_snr_gamma has no effect"),
-        ("flux", {"adaptive_noise_scale": 0.1}, "--adaptive_noise_scale has no effect"),
+        ("flux", {"huber_c": 0.2}, "--huber_c has no effect: only --loss_type huber and smooth_l1"),
+        ("flux", {"sigmoid_scale": 2.0}, "--sigmoid_scale has no effect: only --timestep_sampling sigmoid"),
+        ("sd", {"zero_terminal_snr": True}, "--zero_terminal_snr: its last step"),
         ("flux", {"vae": "x"}, "--vae has no effect: the autoencoder is named by --ae"),
         ("sd", {"lowram": True}, "--lowram has no effect: models are always read"),
         ("sd", {"lr_scheduler": "cosine", "lr_scheduler_num_cycles": 3}, "with --lr_scheduler cosine"),

@@ -101,8 +101,14 @@ class Case:
     def grad_norms(self) -> list[float]:
         return json.loads((self.folder / "logs.json").read_text())["grad_norm"]
 
+    def file(self, name: str) -> Path:
+        """`init` or `final`; cases that begin alike keep one file."""
+        same = self.folder / f"{name}.same_as"
+        folder = self.folder.parent / same.read_text().strip() if same.exists() else self.folder
+        return folder / f"{name}.safetensors"
+
     def tensors(self, name: str) -> dict[str, Any]:
-        return load_file(self.folder / f"{name}.safetensors")
+        return load_file(self.file(name))
 
     def script_and_arguments(self, inputs: Inputs, work: Path) -> tuple[str, list[str]]:
         """The recorded command with our folders, replaying the record from the recorded start."""
@@ -114,7 +120,7 @@ class Case:
         script, *arguments = shlex.split(command)
         return script, [
             *arguments,
-            *("--network_weights", str(self.folder / "init.safetensors")),
+            *("--network_weights", str(self.file("init"))),
             *("--replay_steps", str(self.folder / "steps"), "--record_steps", str(work / "steps")),
         ]
 
