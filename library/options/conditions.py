@@ -80,8 +80,8 @@ CONDITIONS: dict[str, tuple[Callable[[Values], bool], str]] = {
     "compile_cache_size_limit": (_given("compile"), "it needs --compile"),
     "dynamo_backend": (_given("torch_compile"), "it needs --torch_compile"),
     "ema_device": (_given("ema_decay"), "it needs --ema_decay"),
-    "ema_warmup": (_given("ema_decay"), "it needs --ema_decay"),
-    "sample_with_ema": (_given("ema_decay"), "it needs --ema_decay"),
+    "ema_no_warmup": (_given("ema_decay"), "it needs --ema_decay"),
+    "ema_samples": (_given("ema_decay"), "it needs --ema_decay"),
 }
 
 

@@ -37,7 +37,7 @@ from library.options.schema import OptionSet
 from library.options.state import StateOptions
 from library.options.tracking import TrackingOptions
 from library.tracking.events import EventLog
-from library.training.build import Setting, Start, build_session
+from library.training.build import build_session
 from library.training.caches import keeps_texts_on_disk
 from library.training.checks import Inspected, inspect_run
 from library.training.control import Orders
@@ -63,6 +63,7 @@ from library.training.resume import (
     starting_state,
 )
 from library.training.session import Session
+from library.training.setting import Setting, Start
 from library.training.state import TrainState
 
 

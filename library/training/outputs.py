@@ -1,0 +1,269 @@
+"""What a run leaves behind, and what happens beside its steps: results, states, samples, validation, records."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import metadata as package_metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from library.base.errors import UserError
+from library.base.lazy import resolve
+from library.batch import StepInputs
+from library.checkpoint.metadata import ModelHashes, TrainingFacts, minimum_metadata, training_metadata
+from library.checkpoint.model_spec import model_spec_metadata
+from library.checkpoint.saver import Saver
+from library.checkpoint.state_files import SavedState, write_state
+from library.diffusion.from_options import noise_recipe
+from library.modules.components import Components
+from library.optim.driver import OptimizerDriver
+from library.options.debug import RecordOptions
+from library.options.metadata import MetadataOptions
+from library.options.model import ModelOptions
+from library.options.network import NetworkOptions
+from library.options.noise import NoiseOptions
+from library.options.sampling import SamplingOptions
+from library.options.saving import SavingOptions
+from library.options.validation import ValidationOptions
+from library.sampling.runner import SampleRunner, SampleTarget
+from library.training.conditioning import ConditioningSource
+from library.training.inputs import StepAssembler
+from library.training.latents import LatentSource
+from library.training.readable import Readable
+from library.training.replay import StepRecorder
+from library.training.report import Progress
+from library.training.resume import model_identity
+from library.training.services import (
+    SamplingService,
+    SavingService,
+    Service,
+    ServiceList,
+    ValidationService,
+)
+from library.training.session import Session
+from library.training.setting import Autocast, Setting, Start
+from library.training.state import TrainState
+from library.training.tasks.network import NetworkTask
+from library.training.validation import Validator
+
+
+class MetadataWriter:
+    """Metadata of saved files: what was known at the start, and what each save adds."""
+
+    def __init__(
+        self, setting: Setting, task: NetworkTask, optimizer: OptimizerDriver, identity: Mapping[str, Any]
+    ) -> None:
+        plan, options = setting.plan, setting.plan.options
+        self.started = identity["started_at"]
+        self.setting = setting
+        self.without = options[MetadataOptions].no_metadata
+        model = options[ModelOptions]
+        self.hashes = ModelHashes({"sd_model": model.pretrained_model_name_or_path, "vae": model.vae})
+        commit = program_version()
+        given = options[NetworkOptions].network_args
+        facts = TrainingFacts(
+            session_id=identity["session_id"],
+            started_at=self.started,
+            seed=plan.seed,
+            network_module=task.adapter.module_name,
+            network_args=task.adapter.arguments if given else None,
+            base_model_version=plan.variant.base_model_version,
+            optimizer=optimizer.description,
+            num_batches=-(-plan.num_batches // plan.world_size),
+            num_epochs=plan.num_epochs,
+            max_steps=plan.max_steps,
+            sets=plan.images.train,
+            num_validation_images=sum(len(images.records) for images in plan.images.validation),
+            commit=commit,
+        )
+        self.base = training_metadata(options, facts, setting.family.metadata_keys)
+        self.version = commit
+
+    def describe(self, step: int, epoch: int) -> dict[str, str]:
+        """Metadata of a file saved now."""
+        plan = self.setting.plan
+        options = plan.options
+        entries = minimum_metadata(self.base)
+        if not self.without:
+            ended = {"ss_training_finished_at": str(time.time()), "ss_steps": str(step), "ss_epoch": str(epoch)}
+            entries = {**self.base, **self.hashes.metadata(), **ended}
+        values = options.values()
+        low, high = values.get("min_timestep"), values.get("max_timestep")
+        ranged = low is not None or high is not None
+        resolution = "x".join(map(str, plan.images.train[0].plan.resolution))
+        spec = model_spec_metadata(
+            options[MetadataOptions],
+            resolve(self.setting.family.model_spec)(plan.variant),
+            suffix="/lora",
+            title=plan.names.base or plan.names.final().stem,
+            resolution=resolution,
+            version=self.version,
+            extra={
+                "timestep_range": f"{low or 0},{1000 if high is None else high}" if ranged else None,
+                "encoder_layer": values.get("clip_skip"),
+            },
+        )
+        return {**entries, **spec}
+
+
+def program_version() -> str:
+    """Version of the installed package; of a checkout that is not installed, a word that says so."""
+    try:
+        return package_metadata.version("diffusion-scripts")
+    except package_metadata.PackageNotFoundError:
+        return "checkout"
+
+
+def make_services(
+    setting: Setting,
+    components: Components,
+    task: NetworkTask,
+    conditioning: ConditioningSource,
+    autocast: Autocast,
+    optimizer: OptimizerDriver,
+    progress: Progress,
+    start: Start,
+) -> tuple[ServiceList, Saver | None, SampleRunner | None]:
+    """Samples, then saving; validation is added when the session can compute losses."""
+    services: list[Service] = []
+    plan, options = setting.plan, setting.plan.options
+    runner = None
+    if setting.inspected.requests:
+        assert components.denoiser is not None and components.vae is not None
+        runner = SampleRunner(
+            setting.strategies.denoising,
+            components.denoiser,
+            components.vae,
+            conditioning.for_prompt,
+            setting.inspected.requests[setting.processes.rank :: setting.processes.world_size],
+            SampleTarget(
+                folder=plan.names.folder / "sample",
+                output_name=options[SavingOptions].output_name,
+                seed=plan.seed,
+                device=setting.device,
+            ),
+            autocast,
+        )
+        services.append(SamplingService(options[SamplingOptions], runner, task.evaluating))
+    saver = None
+    if setting.processes.is_main:
+        writer = MetadataWriter(setting, task, optimizer, start.identity)
+
+        def write(path: Path, step: int, epoch: int) -> None:
+            task.save(path, writer.describe(step, epoch))
+            progress.events.write("saved", path=str(path), step=step, epoch=epoch)
+            progress.say(f"saved {path}")
+
+        saver = Saver(options[SavingOptions], plan.names, plan.num_epochs, write)
+        services.append(SavingService(saver))
+    return ServiceList(services), saver, runner
+
+
+def make_assembler(setting: Setting, latents: LatentSource, seed: int, options: NoiseOptions) -> StepAssembler:
+    """What makes the inputs of steps from their batches."""
+    return StepAssembler(
+        setting.strategies.denoising,
+        latents,
+        seed,
+        setting.device,
+        noise_recipe(options),
+        options.num_timestep_buckets,
+    )
+
+
+def add_validation(
+    setting: Setting, session: Session, readable: Readable, losses: Callable[[StepInputs], Tensor]
+) -> None:
+    """Put validation among the services when images are held out."""
+    plan, options = setting.plan, setting.plan.options[ValidationOptions]
+    if not plan.images.validation:
+        return
+    values = plan.options.values()
+    low, high = values.get("min_timestep"), values.get("max_timestep")
+    seed = plan.seed if options.validation_seed is None else options.validation_seed
+    validator = Validator(
+        options,
+        readable.validation,
+        make_assembler(setting, readable.latents, seed, replace(plan.options[NoiseOptions], num_timestep_buckets=None)),
+        losses,
+        setting.processes,
+        (low or 0, 1000 if high is None else high),
+    )
+    service = ValidationService(
+        validator, session.progress, session.task.evaluating, at_first=options.validate_at_first
+    )
+    session.services.services.append(service)
+
+
+def record_meta(setting: Setting) -> dict[str, Any]:
+    """What a record says of its run."""
+    return {
+        "family": setting.family.name,
+        "task": setting.task_name,
+        "seed": setting.plan.seed,
+        "dtype": str(setting.plan.dtype).removeprefix("torch."),
+        "versions": {name: package_metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    }
+
+
+def make_recorder(setting: Setting, keep: int | None) -> StepRecorder | None:
+    """The recorder of `--record_steps`.
+
+    Args:
+        setting: of the run.
+        keep: micro-steps of an earlier run that stay; None begins a record.
+    """
+    folder = setting.plan.options[RecordOptions].record_steps
+    if not folder:
+        return None
+    if setting.processes.world_size > 1:
+        raise UserError("--record_steps", folder, "works with one process; launch with --num_processes 1")
+    return StepRecorder(folder, record_meta(setting), keep)
+
+
+class StateWriter:
+    """Writes training states of a run.
+
+    Args:
+        setting: of the run.
+        identity: what states say of the run they belong to.
+        state: where the run is.
+        task: what is trained.
+        optimizer: how.
+        progress: averages that go on.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        identity: Mapping[str, Any],
+        state: TrainState,
+        task: NetworkTask,
+        optimizer: OptimizerDriver,
+        progress: Progress,
+    ) -> None:
+        self.setting = setting
+        self.identity = dict(identity)
+        self.state = state
+        self.task = task
+        self.optimizer = optimizer
+        self.progress = progress
+
+    def write(self, folder: Path, step: int, epoch: int) -> None:
+        """Write the state of now."""
+        counters = {name: getattr(self.state, name) for name in ("step", "micro_step", "epoch", "batch_in_epoch")}
+        if "base_model" not in self.identity:
+            self.identity["base_model"] = model_identity(self.setting.plan.options)
+        self.progress.flush()
+        head = {
+            **self.identity,
+            **counters,
+            "max_steps": self.state.max_steps,
+            "average": self.progress.average.state(),
+            "saved_at": time.time(),
+        }
+        write_state(folder, SavedState(head, self.task.weights(), self.optimizer.state()))
+        self.progress.events.write("state", path=str(folder), step=step, epoch=epoch)
+        self.progress.say(f"saved the state {folder}")
