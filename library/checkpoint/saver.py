@@ -37,9 +37,18 @@ class Names:
         """Result of the whole run."""
         return self.folder / f"{self.base or 'last'}{self.extension}"
 
+    def best(self) -> Path:
+        """The result with the lowest validation loss."""
+        return self.folder / f"{self.base or 'last'}-best{self.extension}"
+
     def beside(self, suffix: str) -> Path:
         """Another file of the run: `<output_name><suffix>`."""
         return self.folder / f"{self.base or 'last'}{suffix}"
+
+
+def averaged(path: Path) -> Path:
+    """Name of the averaged weights beside a result."""
+    return path.with_name(f"{path.stem}-ema{path.suffix}")
 
 
 Write = Callable[[Path, int, int], None]
@@ -101,6 +110,10 @@ class Saver:
         """Save because somebody asked for it."""
         self._save(self.names.step(step), step, epoch)
 
+    def best(self, step: int, epoch: int) -> None:
+        """Save the best result so far over the one before it."""
+        self._save(self.names.best(), step, epoch)
+
     def is_due(self, step: int) -> bool:
         """Whether a result is saved after this step."""
         every = self.options.save_every_n_steps
@@ -122,6 +135,7 @@ class Saver:
         """The new result is complete under its name before an old one goes."""
         if number >= 0 and path.is_file():
             path.unlink()
+            averaged(path).unlink(missing_ok=True)
             self.saved = [kept for kept in self.saved if kept != path]
             logger.info("removed the old result %s", path)
 

@@ -1,6 +1,7 @@
 """Backward, clipping, optimizer step and schedule, behind one interface for the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,18 @@ class OptimizerDriver:
             self.step_count += 1
             self._apply_schedule()
         return stepped
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Schedule-free optimizers train on other weights than those that are to be used: inside, these are in place."""
+        switches = callable(getattr(self.optimizer, "train", None)) and callable(getattr(self.optimizer, "eval", None))
+        if switches:
+            self.optimizer.eval()
+        try:
+            yield
+        finally:
+            if switches:
+                self.optimizer.train()
 
     def skip(self) -> None:
         """Forget the gradients of a step that is left out."""

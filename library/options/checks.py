@@ -53,10 +53,12 @@ def _update_problems(options: OptionSet) -> Iterator[Problem]:
     if options[OptimizerOptions].fused_backward_pass and options[LengthOptions].gradient_accumulation_steps > 1:
         yield Problem("--fused_backward_pass", "cannot be combined with --gradient_accumulation_steps above 1")
     validation = options.get(ValidationOptions)
-    if validation is None or not validation.validate_at_first or validation.validation_split:
+    if validation is None or validation.validation_split:
         return
     if DatasetDict not in options and options[DataOptions].dataset_config is None:
-        yield Problem("--validate_at_first", "needs --validation_split")
+        for name in ("validate_at_first", "save_best"):
+            if getattr(validation, name):
+                yield Problem(f"--{name}", "needs --validation_split")
 
 
 def _velocity_problems(options: OptionSet) -> Iterator[Problem]:

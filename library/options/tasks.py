@@ -13,6 +13,7 @@ from library.options.control_net import ControlNetOptions, LLLiteOptions
 from library.options.data import AugmentOptions, BucketOptions, DataOptions
 from library.options.debug import RecordOptions
 from library.options.distributed import DeepSpeedOptions, DistributedOptions
+from library.options.ema import EmaOptions
 from library.options.hub import HubOptions
 from library.options.inversion import InversionOptions
 from library.options.leco import LecoOptions
@@ -36,7 +37,7 @@ FULL_MODEL_FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors
 
 _DATA = (DataOptions, BucketOptions, AugmentOptions, CaptionOptions, CachingOptions, TextCachingOptions)
 _COMPUTE = (PrecisionOptions, MemoryOptions, AttentionOptions, CompileOptions)
-_OPTIMIZE = (OptimizerOptions, ScheduleOptions, LengthOptions)
+_OPTIMIZE = (OptimizerOptions, ScheduleOptions, LengthOptions, EmaOptions)
 _JUDGE = (NoiseOptions, LossOptions, SnrLossOptions)
 _OUTPUT = (SavingOptions, StateOptions, MetadataOptions, SamplingOptions, TrackingOptions, HubOptions)
 _RUN = (DistributedOptions, DeepSpeedOptions, RecordOptions, LoggingOptions)
@@ -65,9 +66,11 @@ class Task:
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def _with_data(*own: type, validation: bool = False) -> tuple[type, ...]:
-    after = (ValidationOptions,) if validation else ()
-    return (ConfigOptions, ModelOptions, *own, *_DATA, *_OPTIMIZE, *_JUDGE, *_COMPUTE, *_OUTPUT, *after, *_RUN)
+def _with_data(*own: type) -> tuple[type, ...]:
+    return (
+        *(ConfigOptions, ModelOptions, *own, *_DATA, *_OPTIMIZE, *_JUDGE, *_COMPUTE, *_OUTPUT),
+        *(ValidationOptions, *_RUN),
+    )
 
 
 _NETWORK_ONLY = frozenset({"fp8_base_unet", "initial_epoch", "initial_step", "skip_until_initial_step"})
@@ -90,7 +93,7 @@ TASKS: dict[str, Task] = {
         Task(
             name="network",
             title="Train an adapter (LoRA and its kin) on {}.",
-            option_groups=_with_data(NetworkOptions, validation=True),
+            option_groups=_with_data(NetworkOptions),
             implementation="library.training.tasks.network:NetworkTask",
             hidden=frozenset({"use_safetensors"}),
         ),

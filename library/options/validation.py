@@ -18,6 +18,7 @@ class ValidationOptions:
     validate_every_n_epochs: int | None = option(None, help="validate every n epochs; every epoch when not given")
     max_validation_steps: int | None = option(None, help="batches per validation at most")
     validate_at_first: bool = option(False, help="validate before the first step too")
+    save_best: bool = option(False, help="keep the result with the lowest validation loss as <output_name>-best")
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""

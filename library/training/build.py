@@ -19,6 +19,7 @@ from library.optim.driver import OptimizerDriver
 from library.optim.registry import build_optimizer
 from library.optim.schedulers import build_schedule
 from library.options.compiling import CompileOptions
+from library.options.ema import EmaOptions
 from library.options.loss import LossOptions
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
@@ -57,6 +58,7 @@ from library.training.session import Session
 from library.training.setting import Setting, Start
 from library.training.state import TrainState
 from library.training.tasks.network import NetworkTask
+from library.training.weights import TrainedWeights
 
 
 def needed(setting: Setting, caches: DiskCaches | None, *, replayed: bool) -> Need:
@@ -213,14 +215,17 @@ def build_session(
     state = start.state
     if replay:
         state.max_steps = min(plan.max_steps, replay.steps_per_epoch)
+    weights = TrainedWeights.of_run(task, optimizer, plan.options[EmaOptions], setting.device)
     if start.resume is not None:
-        restore(load_state(start.resume.folder), task.adapter.network, optimizer, start.resume.folder, state.step)
+        saved = load_state(start.resume.folder)
+        restore(saved, task.adapter.network, optimizer, start.resume.folder, state.step)
+        weights.restore((saved.optimizer or {}).get("average"))
     else:
         optimizer.go_to(state.step)
     progress = Progress(plan, state, setting.device, events, track, show=setting.processes.is_main)
     if start.resume is not None:
         progress.go_on(start.resume.head.get("average", ()))
-    services, saver, _ = make_services(setting, components, task, conditioning, autocast, optimizer, progress, start)
+    services, saver, _ = make_services(setting, components, task, conditioning, autocast, weights, progress, start)
     data = replay or TrainData(
         readable.train,
         accumulation=plan.accumulation,
@@ -240,6 +245,7 @@ def build_session(
         criterion=sample_loss(plan.options[LossOptions], setting.strategies.denoising.process),
         conditioning=conditioning,
         optimizer=optimizer,
+        weights=weights,
         progress=progress,
         services=services,
         recorder=make_recorder(setting, start.keep_record),
@@ -248,9 +254,9 @@ def build_session(
         autocast=autocast,
     )
     if replay is None:
-        add_validation(setting, session, readable, Trainer(session).losses)
+        add_validation(setting, session, readable, Trainer(session).losses, saver)
     if saver is not None:
-        writer = StateWriter(setting, start.identity, state, task, optimizer, progress)
+        writer = StateWriter(setting, start.identity, state, task, weights, progress)
         options = plan.options[StateOptions]
         names = state_names(plan.options)
         services.services.append(StateService(StateSaver(options, saver, names, writer.write, time.monotonic)))

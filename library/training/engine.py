@@ -174,7 +174,9 @@ class Trainer:
         self._skipped = 0
         if not s.optimizer.step():
             return None
-        return {**values, "norm/grad": norm, **s.task.on_parameters_updated()}
+        logged = s.task.on_parameters_updated()
+        s.weights.updated()
+        return {**values, "norm/grad": norm, **logged}
 
     def _no_numbers(self, made: Sequence[StepInputs], losses: Sequence[Tensor]) -> None:
         """Gradients are no numbers: the weights are still what they were.

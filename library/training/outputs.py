@@ -14,7 +14,7 @@ from library.base.lazy import resolve
 from library.batch import StepInputs
 from library.checkpoint.metadata import ModelHashes, TrainingFacts, minimum_metadata, training_metadata
 from library.checkpoint.model_spec import model_spec_metadata
-from library.checkpoint.saver import Saver
+from library.checkpoint.saver import Saver, averaged
 from library.checkpoint.state_files import SavedState, write_state
 from library.diffusion.from_options import noise_recipe
 from library.modules.components import Components
@@ -47,6 +47,7 @@ from library.training.setting import Autocast, Setting, Start
 from library.training.state import TrainState
 from library.training.tasks.network import NetworkTask
 from library.training.validation import Validator
+from library.training.weights import TrainedWeights
 
 
 class MetadataWriter:
@@ -122,7 +123,7 @@ def make_services(
     task: NetworkTask,
     conditioning: ConditioningSource,
     autocast: Autocast,
-    optimizer: OptimizerDriver,
+    weights: TrainedWeights,
     progress: Progress,
     start: Start,
 ) -> tuple[ServiceList, Saver | None, SampleRunner | None]:
@@ -146,13 +147,18 @@ def make_services(
             ),
             autocast,
         )
-        services.append(SamplingService(options[SamplingOptions], runner, task.evaluating))
+        services.append(SamplingService(options[SamplingOptions], runner, weights))
     saver = None
     if setting.processes.is_main:
-        writer = MetadataWriter(setting, task, optimizer, start.identity)
+        writer = MetadataWriter(setting, task, weights.optimizer, start.identity)
 
         def write(path: Path, step: int, epoch: int) -> None:
-            task.save(path, writer.describe(step, epoch))
+            metadata = writer.describe(step, epoch)
+            with weights.shown():
+                task.save(path, metadata)
+            if weights.average is not None:
+                with weights.shown("ema"):
+                    task.save(averaged(path), {**metadata, "ss_ema_decay": str(weights.average.decay)})
             progress.events.write("saved", path=str(path), step=step, epoch=epoch)
             progress.say(f"saved {path}")
 
@@ -174,7 +180,11 @@ def make_assembler(setting: Setting, latents: LatentSource, seed: int, options: 
 
 
 def add_validation(
-    setting: Setting, session: Session, readable: Readable, losses: Callable[[StepInputs], Tensor]
+    setting: Setting,
+    session: Session,
+    readable: Readable,
+    losses: Callable[[StepInputs], Tensor],
+    saver: Saver | None,
 ) -> None:
     """Put validation among the services when images are held out."""
     plan, options = setting.plan, setting.plan.options[ValidationOptions]
@@ -192,7 +202,11 @@ def add_validation(
         (low or 0, 1000 if high is None else high),
     )
     service = ValidationService(
-        validator, session.progress, session.task.evaluating, at_first=options.validate_at_first
+        validator,
+        session.progress,
+        session.weights,
+        at_first=options.validate_at_first,
+        saver=saver if options.save_best else None,
     )
     session.services.services.append(service)
 
@@ -231,7 +245,7 @@ class StateWriter:
         identity: what states say of the run they belong to.
         state: where the run is.
         task: what is trained.
-        optimizer: how.
+        weights: the trained ones, with their optimizer and average.
         progress: averages that go on.
     """
 
@@ -241,14 +255,14 @@ class StateWriter:
         identity: Mapping[str, Any],
         state: TrainState,
         task: NetworkTask,
-        optimizer: OptimizerDriver,
+        weights: TrainedWeights,
         progress: Progress,
     ) -> None:
         self.setting = setting
         self.identity = dict(identity)
         self.state = state
         self.task = task
-        self.optimizer = optimizer
+        self.weights = weights
         self.progress = progress
 
     def write(self, folder: Path, step: int, epoch: int) -> None:
@@ -264,6 +278,7 @@ class StateWriter:
             "average": self.progress.average.state(),
             "saved_at": time.time(),
         }
-        write_state(folder, SavedState(head, self.task.weights(), self.optimizer.state()))
+        optimizer = {**self.weights.optimizer.state(), "average": self.weights.state()}
+        write_state(folder, SavedState(head, self.task.weights(), optimizer))
         self.progress.events.write("state", path=str(folder), step=step, epoch=epoch)
         self.progress.say(f"saved the state {folder}")

@@ -20,6 +20,7 @@ from library.tracking.plot import plot_losses
 from library.training.memory import peak_bytes, readable
 from library.training.plan import RunPlan, bucket_rows
 from library.training.state import TrainState
+from library.training.validation import ValidationLosses
 
 
 def plan_rows(plan: RunPlan, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -182,18 +183,35 @@ class Progress:
         self.track({"loss/epoch_average": self.average.value}, epoch)
         self.events.write("epoch", epoch=epoch, step=self.state.step, loss=self.average.value)
 
-    def validated(self, loss: float, step: int, *, per_epoch: bool) -> None:
-        """A validation is done."""
+    def validated(self, found: ValidationLosses, step: int, *, per_epoch: bool, kind: str = "") -> None:
+        """A validation is done.
+
+        Args:
+            found: its losses.
+            step: optimizer steps taken.
+            per_epoch: whether it belongs to the end of an epoch.
+            kind: of the weights, where others than the run's own were looked at.
+        """
         self.flush()
-        self.validation.append((step, loss))
-        kind = "epoch" if per_epoch else "step"
-        divergence = loss - self.average.value if self.losses else float("nan")
-        values = {f"loss/validation/{kind}_average": loss}
-        if self.losses:
-            values[f"loss/validation/{kind}_divergence"] = divergence
+        loss = found.loss
+        when, of = "epoch" if per_epoch else "step", f"_{kind}" if kind else ""
+        values = {f"loss/validation{of}/{when}_average": loss}
+        values |= {f"loss/validation{of}/timestep_{t}": one for t, one in found.by_timestep.items()}
+        if len(found.by_dataset) > 1:
+            values |= {f"loss/validation{of}/dataset_{n}": one for n, one in found.by_dataset.items()}
+        if self.losses and not kind:
+            values[f"loss/validation/{when}_divergence"] = loss - self.average.value
         self.track(values, step)
-        self.events.write("validation", step=step, epoch=self.state.epoch, loss=loss)
-        self.say(f"validation loss at step {step}: {loss:.5f}")
+        details = {
+            "by_timestep": {str(timestep): one for timestep, one in found.by_timestep.items()},
+            "by_dataset": {str(number): one for number, one in found.by_dataset.items()},
+        }
+        if not kind:
+            self.validation.append((step, loss))
+        name = f"validation_{kind}" if kind else "validation"
+        self.events.write(name, step=step, epoch=self.state.epoch, loss=loss, **details)
+        levels = ", ".join(f"{one:.4f} at {timestep}" for timestep, one in found.by_timestep.items())
+        self.say(f"validation loss{' of ' + kind if kind else ''} at step {step}: {loss:.5f} ({levels})")
 
     def say(self, text: str) -> None:
         """A message above the progress line."""

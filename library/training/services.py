@@ -1,7 +1,7 @@
 """What happens beside training: samples, saving, validation. Each leaves randomness and modes as it found them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from library.checkpoint.saver import Saver, StateSaver
@@ -10,6 +10,7 @@ from library.sampling.runner import SampleRunner
 from library.training.report import Progress
 from library.training.state import TrainState
 from library.training.validation import Validator
+from library.training.weights import TrainedWeights
 
 
 class Service(Protocol):
@@ -71,12 +72,10 @@ class ServiceList:
 class SamplingService:
     """Makes sample images."""
 
-    def __init__(
-        self, options: SamplingOptions, runner: SampleRunner, evaluating: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, options: SamplingOptions, runner: SampleRunner, weights: TrainedWeights) -> None:
         self.options = options
         self.runner = runner
-        self.evaluating = evaluating
+        self.weights = weights
 
     def train_start(self, state: TrainState) -> None:
         """With `--sample_at_first`."""
@@ -105,8 +104,9 @@ class SamplingService:
         return verb == "sample"
 
     def _make(self, occasion: str) -> None:
-        with self.evaluating():
-            self.runner.run(occasion)
+        for kind in self.weights.looked_at:
+            with self.weights.shown(kind):
+                self.runner.run(occasion if kind == "trained" else f"{occasion}_{kind}")
 
 
 class SavingService:
@@ -166,20 +166,30 @@ class StateService:
 
 
 class ValidationService:
-    """Validates."""
+    """Validates, and keeps the best result.
+
+    Args:
+        validator: makes the losses.
+        progress: is told of them.
+        weights: what is looked at.
+        at_first: validate before the first step too.
+        saver: of the best result; None where none is kept.
+    """
 
     def __init__(
         self,
         validator: Validator,
         progress: Progress,
-        evaluating: Callable[[], AbstractContextManager[None]],
+        weights: TrainedWeights,
         *,
         at_first: bool,
+        saver: Saver | None = None,
     ) -> None:
         self.validator = validator
         self.progress = progress
-        self.evaluating = evaluating
+        self.weights = weights
         self.at_first = at_first
+        self.saver = saver
         self._last: int | None = None
 
     def train_start(self, state: TrainState) -> None:
@@ -209,7 +219,12 @@ class ValidationService:
         return verb == "eval"
 
     def _run(self, state: TrainState, *, per_epoch: bool) -> None:
-        with self.evaluating():
-            loss = self.validator.run()
+        for number, kind in enumerate(self.weights.looked_at):
+            with self.weights.shown(kind):
+                found = self.validator.run()
+            # the first kind is the one that counts: it is what "best" is judged by
+            earlier = [loss for step, loss in self.progress.validation if 0 < step < state.step]
+            self.progress.validated(found, state.step, per_epoch=per_epoch, kind="" if number == 0 else kind)
+            if number == 0 and self.saver is not None and state.step and found.loss < min(earlier, default=math.inf):
+                self.saver.best(state.step, state.epoch)
         self._last = state.step
-        self.progress.validated(loss, state.step, per_epoch=per_epoch)

@@ -20,6 +20,7 @@ from library.training.report import Progress
 from library.training.services import ServiceList
 from library.training.state import TrainState
 from library.training.tasks.base import TrainingTask
+from library.training.weights import TrainedWeights
 
 
 class WindowSource(Protocol):
@@ -45,6 +46,7 @@ class Session:
     criterion: SampleLoss
     conditioning: ConditioningSource
     optimizer: OptimizerDriver
+    weights: TrainedWeights
     progress: Progress
     services: ServiceList
     recorder: StepRecorder | None

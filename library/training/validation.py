@@ -1,7 +1,7 @@
 """Loss on images that are never trained on, always with the same noise and noise levels."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from library.training.inputs import StepAssembler
 from library.training.state import TrainState
 
 NUM_TIMESTEPS = 4
+
+
+@dataclass(frozen=True)
+class ValidationLosses:
+    """What a validation found.
+
+    Attributes:
+        loss: mean over all images and noise levels.
+        by_timestep: mean at each noise level, 0..1000.
+        by_dataset: mean of each dataset that has held-out images.
+    """
+
+    loss: float
+    by_timestep: Mapping[int, float]
+    by_dataset: Mapping[int, float]
 
 
 class Validator:
@@ -61,17 +76,24 @@ class Validator:
         return epoch % (self.options.validate_every_n_epochs or 1) == 0
 
     @torch.no_grad()
-    def run(self) -> float:
-        """Mean loss over all held-out images and fixed noise levels."""
+    def run(self) -> ValidationLosses:
+        """Losses of all held-out images at fixed noise levels; every process gets the same."""
         mine = self.specs[self.processes.rank :: self.processes.world_size]
-        total = torch.zeros(2, dtype=torch.float64)
+        # sums of losses and their count, by dataset and noise level
+        total = torch.zeros(2, len(self.dataset.sets), len(self.timesteps), dtype=torch.float64)
         for spec in mine:
             batch = self.dataset[spec]
             # regularization weights have no place here
             batch = replace(batch, loss_weights=torch.ones(batch.size))
-            for timestep in self.timesteps:
+            for level, timestep in enumerate(self.timesteps):
                 inputs = self.assembler.assemble(batch, purpose="validation", timestep=timestep)
                 values = self.losses(inputs)
-                total += torch.tensor([float(values.double().sum()), batch.size], dtype=torch.float64)
-        total = self.processes.sum_values(total.float().to(self.processes.device))
-        return float(total[0] / total[1])
+                total[0, batch.items[0].dataset, level] += float(values.double().sum())
+                total[1, batch.items[0].dataset, level] += batch.size
+        losses, counts = self.processes.sum_values(total.float().to(self.processes.device)).cpu().double()
+        levels, sets = losses.sum(0) / counts.sum(0), losses.sum(1) / counts.sum(1)
+        return ValidationLosses(
+            float(losses.sum() / counts.sum()),
+            {timestep: float(loss) for timestep, loss in zip(self.timesteps, levels)},
+            {number: float(loss) for number, loss in enumerate(sets) if counts[number].sum()},
+        )
