@@ -80,6 +80,7 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qkv_bias: bool) -> None:
         super().__init__()
         mlp = int(hidden_size * mlp_ratio)
+        self.attend = attend
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", Modulation(hidden_size, double=True))
             self.add_module(f"{stream}_norm1", _layer_norm(hidden_size))
@@ -98,7 +99,7 @@ class DoubleStreamBlock(nn.Module):
         txt_q, txt_k, txt_v = self.txt_attn.heads((1 + txt_scale1) * self.txt_norm1(txt) + txt_shift1)
         q, k = torch.cat((txt_q, img_q), dim=2), torch.cat((txt_k, img_k), dim=2)
         v = torch.cat((txt_v, img_v), dim=2)
-        joint = attend(apply_rope(q, rotations), apply_rope(k, rotations), v, mask=mask)
+        joint = self.attend(apply_rope(q, rotations), apply_rope(k, rotations), v, mask=mask)
         txt_out, img_out = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
         img = img + img_gate1 * self.img_attn.proj(img_out)
         img = img + img_gate2 * self.img_mlp((1 + img_scale2) * self.img_norm2(img) + img_shift2)
@@ -113,6 +114,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.attend = attend
         self.hidden_size = hidden_size
         self.mlp_size = int(hidden_size * mlp_ratio)
         self.linear1 = nn.Linear(hidden_size, hidden_size * 3 + self.mlp_size)
@@ -128,7 +130,7 @@ class SingleStreamBlock(nn.Module):
         hidden = self.linear1((1 + scale) * self.pre_norm(x) + shift)
         qkv, mlp = torch.split(hidden, [3 * self.hidden_size, self.mlp_size], dim=-1)
         q, k, v = split_heads(qkv, self.num_heads, self.norm)
-        attention = attend(apply_rope(q, rotations), apply_rope(k, rotations), v, mask=mask)
+        attention = self.attend(apply_rope(q, rotations), apply_rope(k, rotations), v, mask=mask)
         return x + gate * self.linear2(torch.cat((attention, self.mlp_act(mlp)), dim=-1))
 
 

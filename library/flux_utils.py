@@ -104,6 +104,7 @@ def load_transformer(file: TensorFile, prefix: str, need: Need) -> Any:
         part="FLUX.1 transformer",
         dtype=need.dtype,
         device=need.place_of_denoiser,
+        prepare=need.prepare_denoiser,
     )
 
 
@@ -160,8 +161,8 @@ def load_components(options: OptionSet, need: Need) -> Components:
     encoders: list[Any] = [None, None]
     if need.text_encoders:
         encoders = [
-            load_clip_text(files["clip_l"], "", dtype=need.dtype, device=need.device, part="CLIP-L text encoder"),
-            load_t5_encoder(files["t5xxl"], dtype=need.dtype, device=need.device),
+            load_clip_text(files["clip_l"], "", need=need, part="CLIP-L text encoder"),
+            load_t5_encoder(files["t5xxl"], need=need),
         ]
     transformer = load_transformer(file, prefix, need) if need.denoiser else None
     clip, t5 = encoders

@@ -95,6 +95,7 @@ def load_unet(file: TensorFile, need: Need) -> Any:
         part="U-Net",
         dtype=need.dtype,
         device=need.place_of_denoiser,
+        prepare=need.prepare_denoiser,
     )
 
 
@@ -160,12 +161,10 @@ def load_components(options: OptionSet, need: Need) -> Components:
 
 def _load_text_encoder(file: TensorFile, need: Need) -> Any:
     if not _is_v2(file):
-        return load_clip_text(file, _TEXT, dtype=need.dtype, device=need.device)
+        return load_clip_text(file, _TEXT, need=need)
     # version 2.x reads the states before the last block of OpenCLIP's tower
     layers = highest_index(file.names, re.escape(_TEXT_V2) + r"transformer\.resblocks\.(\d+)\.") - 1
-    return load_open_clip_text(
-        file, _TEXT_V2, num_layers=layers, dtype=need.dtype, device=need.device, part="OpenCLIP text encoder"
-    )
+    return load_open_clip_text(file, _TEXT_V2, num_layers=layers, need=need, part="OpenCLIP text encoder")
 
 
 def _vae_prefix(path: str) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import KnownShapes, TensorFile
+from library.modules.components import Need
 from library.modules.loading import highest_index, load_module, merge_config
 
 _PUBLISHED = "text_model."
@@ -97,17 +97,13 @@ def open_clip_names(names: Iterable[str], prefix: str, *, num_layers: int | None
     return found
 
 
-def load_open_clip_text(
-    file: TensorFile, prefix: str, *, num_layers: int, dtype: torch.dtype, device: torch.device | str, part: str
-) -> nn.Module:
+def load_open_clip_text(file: TensorFile, prefix: str, *, num_layers: int, need: Need, part: str) -> nn.Module:
     """The first `num_layers` blocks of an OpenCLIP text tower as transformers' CLIPTextModel."""
     stored = open_clip_names(file.names, prefix, num_layers=num_layers)
-    return _load_tower(file, stored, "gelu", dtype=dtype, device=device, part=part)
+    return _load_tower(file, stored, "gelu", need, part=part)
 
 
-def load_clip_text(
-    file: TensorFile, prefix: str, *, dtype: torch.dtype, device: torch.device | str, part: str = "CLIP text encoder"
-) -> nn.Module:
+def load_clip_text(file: TensorFile, prefix: str, *, need: Need, part: str = "CLIP text encoder") -> nn.Module:
     """A ViT-L text tower (transformers' CLIPTextModel) from the tensors below `prefix`.
 
     `prefix` ends before `text_model.`; files whose text tower lacks that level are accepted. A text projection in the
@@ -121,16 +117,15 @@ def load_clip_text(
             str(file.path), message=f"holds no {part} (no token embedding below {prefix!r}); name another file"
         )
     places = {name: Stored(original) for name, original in stored.items()}
-    return _load_tower(file, places, "quick_gelu", dtype=dtype, device=device, part=part)
+    return _load_tower(file, places, "quick_gelu", need, part=part)
 
 
 def _load_tower(
     file: TensorFile,
     stored: Mapping[str, Stored],
     activation: str,
+    need: Need,
     *,
-    dtype: torch.dtype,
-    device: torch.device | str,
     part: str,
 ) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -141,7 +136,15 @@ def _load_tower(
     config = CLIPTextConfig(**merge_config(inferred, file, fixed=fixed), bos_token_id=None, eos_token_id=2)
     # transformers 5 dropped the `text_model.` level inside CLIPTextModel
     tensors = {name.removeprefix(_PUBLISHED): (lambda place=place: place.read(file)) for name, place in stored.items()}
-    return load_module(lambda: CLIPTextModel(config), tensors, path=file.path, part=part, dtype=dtype, device=device)
+    return load_module(
+        lambda: CLIPTextModel(config),
+        tensors,
+        path=file.path,
+        part=part,
+        dtype=need.dtype,
+        device=need.device,
+        prepare=need.prepare_text_encoder,
+    )
 
 
 def _with_text_model(name: str) -> str:

@@ -1,6 +1,6 @@
 """The loaded parts of one model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ class Need:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     # the denoiser may wait elsewhere while text encoders and VAE fill their caches on the device
     denoiser_device: torch.device | None = None
+    # changes the empty denoiser or an empty text encoder, such as how it keeps its weights
+    prepare_denoiser: Callable[[nn.Module], None] | None = None
+    prepare_text_encoder: Callable[[nn.Module], None] | None = None
 
     @property
     def place_of_denoiser(self) -> torch.device:

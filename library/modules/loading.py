@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import TensorFile
+from library.modules.quantize import is_fp8, put_fp8
 
 Reader = Callable[[], Tensor]
 
@@ -48,17 +49,29 @@ def load_module(
     part: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    prepare: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """A module made by `build` with the given tensors in `dtype` on `device`.
 
     The module is built on the meta device; each tensor goes straight from the file's mapping to its final place, so no
     second copy of the weights ever exists.
 
+    Args:
+        build: makes the module.
+        tensors: readers by the module's own names.
+        path: of the file, for messages.
+        part: what the module is, for messages.
+        dtype: of its weights.
+        device: of its weights.
+        prepare: changes the empty module, such as how it keeps its weights.
+
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors, the first ten of each.
     """
     with init_empty_weights(include_buffers=False):
         module = build()
+        if prepare is not None:
+            prepare(module)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     _check_names(expected, tensors, path, part)
     for name, shape in expected.items():
@@ -68,6 +81,10 @@ def load_module(
                 str(path),
                 message=f"{part}: {name} has shape {list(tensor.shape)}, expected {list(shape)}; use another file",
             )
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".weight") and is_fp8(owner):
+            put_fp8(owner, tensor, device)
+            continue
         value = tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
         _place(module, name, value)
     return module.requires_grad_(False).eval()

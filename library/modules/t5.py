@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import KnownShapes, TensorFile
+from library.modules.components import Need
 from library.modules.loading import highest_index, load_module, merge_config, readers
 
 _SHARED = "shared.weight"
@@ -30,7 +30,7 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def load_t5_encoder(file: TensorFile, *, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def load_t5_encoder(file: TensorFile, *, need: Need) -> nn.Module:
     """transformers' T5EncoderModel from a file with Hugging Face names.
 
     Raises:
@@ -53,8 +53,9 @@ def load_t5_encoder(file: TensorFile, *, dtype: torch.dtype, device: torch.devic
         readers(file, names),
         path=file.path,
         part="T5 encoder",
-        dtype=dtype,
-        device=device,
+        dtype=need.dtype,
+        device=need.device,
+        prepare=need.prepare_text_encoder,
     )
     module.encoder.embed_tokens.weight = module.shared.weight  # one table, as published
     return module

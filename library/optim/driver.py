@@ -79,7 +79,7 @@ class OptimizerDriver:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Schedule-free optimizers train on other weights than those that are to be used: inside, these are in place."""
+        """Schedule-free optimizers train on other weights than those to be used: inside, these are in place."""
         switches = callable(getattr(self.optimizer, "train", None)) and callable(getattr(self.optimizer, "eval", None))
         if switches:
             self.optimizer.eval()

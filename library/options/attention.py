@@ -22,6 +22,11 @@ class AttentionOptions:
         yield from exclusive(self, "mem_eff_attn", "sdpa")
         yield from exclusive(self, "xformers", "sdpa")
 
+    @property
+    def back_end(self) -> str:
+        """Name of the implementation."""
+        return "xformers" if self.xformers else "mem_eff_attn" if self.mem_eff_attn else "torch"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DitAttentionOptions:

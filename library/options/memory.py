@@ -27,6 +27,11 @@ class MemoryOptions:
             if getattr(self, name) and not self.gradient_checkpointing:
                 yield Problem(f"--{name}", "needs --gradient_checkpointing")
 
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether the inputs of checkpointed blocks wait in main memory."""
+        return self.cpu_offload_checkpointing or self.unsloth_offload_checkpointing
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeMemoryOptions:

@@ -18,12 +18,7 @@ def _same(feature: str, *names: str) -> dict[str, str]:
 # option name -> the feature behind it
 PENDING_FLAGS: dict[str, str] = {
     **_same("a dataset class of your own", "dataset_class"),
-    **_same("training in half precision throughout", "full_fp16", "full_bf16"),
-    **_same("8-bit base models", "fp8_base", "fp8_base_unet"),
-    **_same("activation offloading", "cpu_offload_checkpointing", "unsloth_offload_checkpointing"),
     **_same("block swapping", "blocks_to_swap", "split_mode"),
-    **_same("the choice of another attention", "xformers", "mem_eff_attn"),
-    **_same("compiling the whole model (--compile is available)", "torch_compile", "dynamo_backend"),
     **_same("fused updates", "fused_backward_pass"),
     **_same("the Lion optimizer", "use_lion_optimizer"),
     **_same("schedules of your own", "lr_scheduler_type", "lr_scheduler_args"),

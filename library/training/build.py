@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from library.base.dtypes import dtype_from_name
 from library.base.errors import UserError
@@ -12,12 +13,16 @@ from library.base.randomness import address, seeded_globals
 from library.checkpoint.saver import Saver, StateSaver
 from library.data.loader import TrainData
 from library.diffusion.from_options import sample_loss
+from library.modules.attention import use_attention
 from library.modules.checkpointing import checkpointed
 from library.modules.compiling import compile_blocks
 from library.modules.components import Components, Need
+from library.modules.quantize import prepare_fp8
 from library.optim.driver import OptimizerDriver
 from library.optim.registry import build_optimizer
+from library.optim.scaler import HalfGradScaler
 from library.optim.schedulers import build_schedule
+from library.options.attention import AttentionOptions
 from library.options.compiling import CompileOptions
 from library.options.ema import EmaOptions
 from library.options.loss import LossOptions
@@ -25,6 +30,7 @@ from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.noise import NoiseOptions
 from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
 from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
 from library.options.state import StateOptions
@@ -85,7 +91,21 @@ def needed(setting: Setting, caches: DiskCaches | None, *, replayed: bool) -> Ne
         vae_dtype=plan.vae_dtype,
         device=setting.device,
         denoiser_device=waiting,
+        **_preparations(setting),
     )
+
+
+def _preparations(setting: Setting) -> dict[str, Callable[[nn.Module], None]]:
+    """How the parts keep their weights: with `--fp8_base` the blocks of denoiser and text encoders in 8 bits."""
+    precision = setting.plan.options[PrecisionOptions]
+    denoising, text = setting.strategies.denoising, setting.strategies.text_encoding
+    prepared: dict[str, Callable[[nn.Module], None]] = {}
+    if precision.fp8_base or precision.fp8_base_unet:
+        prepared["prepare_denoiser"] = lambda module: prepare_fp8(denoising.blocks(module))
+    if precision.fp8_base and not precision.fp8_base_unet:
+        # transformers gives T5's `wo` inputs of the format of its weight
+        prepared["prepare_text_encoder"] = lambda module: prepare_fp8(text.blocks(module), skip=("wo",))
+    return prepared
 
 
 def load(setting: Setting, need: Need) -> Components:
@@ -115,7 +135,9 @@ def make_network(setting: Setting, components: Components) -> NetworkTask:
     )
     if network.network_weights:
         adapter.load(network.network_weights)
-    adapter.network.to(setting.device)
+    precision = options[PrecisionOptions]
+    # half precision throughout: what is trained too, otherwise it stays in float32
+    adapter.network.to(setting.device, setting.plan.dtype if precision.full_fp16 or precision.full_bf16 else None)
     setting.processes.broadcast(list(adapter.network.parameters()))
     return NetworkTask(
         network,
@@ -131,14 +153,18 @@ def make_network(setting: Setting, components: Components) -> NetworkTask:
 def wrap_blocks(setting: Setting, components: Components, trained: list[bool]) -> None:
     """Checkpointing, then compiling: the order in which wrappers have to come."""
     options = setting.plan.options
+    memory = options[MemoryOptions]
     denoising, text = setting.strategies.denoising, setting.strategies.text_encoding
     assert components.denoiser is not None
+    use_attention(components.denoiser, options[AttentionOptions].back_end)
     blocks = denoising.blocks(components.denoiser)
-    if options[MemoryOptions].gradient_checkpointing:
+    if memory.gradient_checkpointing:
         encoders = [e for e, on in zip(components.text_encoders, trained) if on and e is not None]
         for block in (*blocks, *(block for encoder in encoders for block in text.blocks(encoder))):
-            checkpointed(block, in_eval=True)
+            checkpointed(block, in_eval=True, offload=memory.offloads_activations)
     compiling = options[CompileOptions]
+    if compiling.torch_compile:
+        components.denoiser.compile(backend=compiling.dynamo_backend)
     if compiling.compile:
         dynamic = {None: None, "auto": None, "true": True, "false": False}[compiling.compile_dynamic]
         compile_blocks(
@@ -184,7 +210,7 @@ def make_optimizer(setting: Setting, task: NetworkTask) -> OptimizerDriver:
         build_schedule(options[ScheduleOptions], setting.plan.max_steps),
         [parameter for group in groups for parameter in group["params"]],
         max_grad_norm=optimizer.max_grad_norm,
-        scaler=torch.amp.GradScaler(setting.device.type) if fp16 else None,
+        scaler=HalfGradScaler(setting.device.type) if fp16 else None,
         names=names,
     )
 

@@ -16,15 +16,19 @@ from library.data.build import ImageSets, dataset_plans, scan
 from library.data.records import ScanRules
 from library.diffusion.flow import LOGIT_SAMPLING
 from library.family import Family
+from library.modules.attention import check_back_end
 from library.modules.components import Variant
 from library.modules.loading import open_model_file
 from library.optim.registry import build_optimizer
+from library.options.attention import AttentionOptions
 from library.options.caching import CachingOptions, TextCachingOptions
+from library.options.compiling import CompileOptions
 from library.options.data import DataOptions, DatasetDict
 from library.options.debug import RecordOptions
 from library.options.loss import LossOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schema import OptionSet
@@ -77,6 +81,7 @@ def inspect_run(family: Family, options: OptionSet, seed: int, *, is_main: bool 
     inspected, collector.problems = inspect_data(family, options, seed, is_main=is_main)
     collector.run(lambda: _check_network(family, options))
     collector.run(lambda: _check_optimizer(options))
+    collector.run(lambda: _check_computing(options))
     collector.problems += _output_problems(options)
     requests: list[SampleRequest] | None = []
     sampling = options[SamplingOptions]
@@ -118,6 +123,22 @@ def _check_network(family: Family, options: OptionSet) -> None:
 def _check_optimizer(options: OptionSet) -> None:
     """Make the optimizer for one number: wrong names and arguments show without a model."""
     build_optimizer(options[OptimizerOptions], [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+
+
+def _check_computing(options: OptionSet) -> None:
+    """Attention and compiler that are asked for can be used here."""
+    name = options[AttentionOptions].back_end
+    check_back_end(f"--{name}", name)
+    compiling = options[CompileOptions]
+    if compiling.torch_compile:
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if compiling.dynamo_backend not in known:
+            message = f"this torch has no such backend; it has {', '.join(known)}"
+            raise UserError("--dynamo_backend", compiling.dynamo_backend, message)
+    precision, network = options[PrecisionOptions], options[NetworkOptions]
+    if network.base_weights and (precision.fp8_base or precision.fp8_base_unet):
+        message = "cannot be merged into 8-bit weights; merge them into the model file first, or leave --fp8_base out"
+        raise UserError("--base_weights", ", ".join(network.base_weights), message)
 
 
 def _output_problems(options: OptionSet) -> list[Problem]:

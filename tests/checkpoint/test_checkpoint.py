@@ -112,6 +112,7 @@ def test_prefixed_transformer_is_read(inputs, tmp_path):
 
 def test_old_text_encoder_names_are_read(inputs, tmp_path):
     from library.modules.clip import load_clip_text
+    from library.modules.components import Need
 
     old = {}
     for name, tensor in load_file(inputs.model("sd15")).items():
@@ -119,7 +120,7 @@ def test_old_text_encoder_names_are_read(inputs, tmp_path):
     save_file_atomic(old, tmp_path / "old.safetensors")
     prefix = "cond_stage_model.transformer."
     load = [
-        load_clip_text(TensorFile(path), prefix, dtype=torch.float32, device="cpu")
+        load_clip_text(TensorFile(path), prefix, need=Need())
         for path in (inputs.model("sd15"), tmp_path / "old.safetensors")
     ]
     assert all(torch.equal(a, b) for a, b in zip(load[0].parameters(), load[1].parameters(), strict=True))

@@ -223,7 +223,7 @@ def test_clip_equals_transformers(inputs):
     """The pooled state against transformers' projection-free tower, loaded by its own names."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    encoder = load_clip_text(TensorFile(inputs.model("clip_l")), "", dtype=torch.float32, device="cpu")
+    encoder = load_clip_text(TensorFile(inputs.model("clip_l")), "", need=Need())
     state = load_file(inputs.model("clip_l"))
     config = CLIPTextConfig(
         vocab_size=914,
@@ -249,7 +249,7 @@ def test_clip_equals_transformers(inputs):
 def test_t5_equals_transformers(inputs):
     from transformers import T5Config, T5EncoderModel
 
-    encoder = load_t5_encoder(TensorFile(inputs.model("t5xxl")), dtype=torch.float32, device="cpu")
+    encoder = load_t5_encoder(TensorFile(inputs.model("t5xxl")), need=Need())
     assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
     config = T5Config(
         vocab_size=encoder.config.vocab_size,

@@ -76,7 +76,7 @@ def test_autoencoder_equals_diffusers_conversion(checkpoint, inputs):
 def test_text_encoder_equals_transformers(checkpoint, inputs):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    encoder = load_clip_text(checkpoint, "cond_stage_model.transformer.", dtype=torch.float32, device="cpu")
+    encoder = load_clip_text(checkpoint, "cond_stage_model.transformer.", need=Need())
     config = CLIPTextConfig(
         vocab_size=914,
         hidden_size=64,

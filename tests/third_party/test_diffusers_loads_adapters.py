@@ -19,7 +19,7 @@ pytestmark = pytest.mark.third_party
 def components(inputs):
     file = sd_utils.open_checkpoint(inputs.model("sd15"))
     unet = sd_utils.load_unet(file, Need())
-    encoder = load_clip_text(file, "cond_stage_model.transformer.", dtype=torch.float32, device="cpu")
+    encoder = load_clip_text(file, "cond_stage_model.transformer.", need=Need())
     return file, unet, encoder
 
 
