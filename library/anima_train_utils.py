@@ -8,7 +8,7 @@ from library.family import Family, LatentSpec, TextSpec
 from library.options.attention import DitAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.compiling import CompileOptions
-from library.options.flow import FlowOptions, FlowSamplingOptions, TimestepViewOptions
+from library.options.flow import FlowOptions, FlowSamplingOptions
 from library.options.memory import VaeMemoryOptions
 from library.options.network import NetworkOptions
 from library.options.ranges import at_least, share
@@ -88,7 +88,6 @@ FAMILY = Family(
         VaeMemoryOptions,
         FlowOptions,
         FlowSamplingOptions,
-        TimestepViewOptions,
     ),
     task_option_groups={"lllite": (AnimaLLLiteOptions,)},
     hidden=frozenset({"model_prediction_type"}),

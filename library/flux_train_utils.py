@@ -8,7 +8,7 @@ from library.family import Family, LatentSpec, Ref, TextSpec
 from library.options.caching import TextCachingOptions
 from library.options.checks import network_argument, text_caching_problems
 from library.options.control_net import ControlNetOptions
-from library.options.flow import FlowOptions, FlowSamplingOptions, TimestepViewOptions
+from library.options.flow import FlowOptions, FlowSamplingOptions
 from library.options.full import FusedUpdateOptions
 from library.options.memory import MemoryOptions
 from library.options.ranges import at_least
@@ -84,7 +84,7 @@ FAMILY = Family(
     process="flow",
     tasks=frozenset({"network", "full", "control_net"}),
     available_tasks=frozenset({"network"}),
-    option_groups=(FluxOptions, FlowOptions, FlowSamplingOptions, TimestepViewOptions),
+    option_groups=(FluxOptions, FlowOptions, FlowSamplingOptions),
     task_option_groups={
         "network": (ControlNetOptions, FluxSplitOptions),
         "full": (ControlNetOptions, FusedUpdateOptions, FluxSwapOptions),

@@ -8,7 +8,7 @@ from library.family import Family, LatentSpec, TextSpec
 from library.options.attention import DitAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.compiling import CompileOptions
-from library.options.flow import FlowOptions, FlowSamplingOptions, TimestepViewOptions
+from library.options.flow import FlowOptions, FlowSamplingOptions
 from library.options.memory import VaeMemoryOptions
 from library.options.schema import OptionSet, option
 
@@ -42,7 +42,6 @@ FAMILY = Family(
         VaeMemoryOptions,
         FlowOptions,
         FlowSamplingOptions,
-        TimestepViewOptions,
     ),
     hidden=frozenset({"vae_disable_cache", "qwen_image_vae_2d"}),
     defaults={"discrete_flow_shift": 5.0, "model_prediction_type": "raw"},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.base.errors import Problem
 from library.family import Family, LatentSpec, TextSpec
 from library.options.checks import text_caching_problems
-from library.options.flow import FlowOptions, FlowSamplingOptions, TimestepViewOptions
+from library.options.flow import FlowOptions, FlowSamplingOptions
 from library.options.full import FusedUpdateOptions
 from library.options.network import NetworkOptions
 from library.options.ranges import at_least, exclusive
@@ -45,7 +45,7 @@ FAMILY = Family(
     title="Lumina Image 2.0",
     process="flow",
     tasks=frozenset({"network", "full"}),
-    option_groups=(LuminaOptions, FlowOptions, FlowSamplingOptions, TimestepViewOptions),
+    option_groups=(LuminaOptions, FlowOptions, FlowSamplingOptions),
     task_option_groups={"full": (FusedUpdateOptions,)},
     defaults={"discrete_flow_shift": 6.0, "timestep_sampling": "shift", "model_prediction_type": "raw"},
     choices={"timestep_sampling": ("sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift")},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.base.errors import Problem
 from library.family import Family, LatentSpec, TextSpec
 from library.options.checks import network_argument, text_caching_problems
-from library.options.flow import FlowOptions, TimestepViewOptions
+from library.options.flow import FlowOptions
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
 from library.options.ranges import above, at_least, share
 from library.options.schema import OptionSet, option
@@ -77,7 +77,7 @@ FAMILY = Family(
     title="Stable Diffusion 3 and 3.5",
     process="flow",
     tasks=frozenset({"network", "full"}),
-    option_groups=(Sd3Options, FlowOptions, TimestepViewOptions),
+    option_groups=(Sd3Options, FlowOptions),
     task_option_groups={"full": (TextEncoderTrainingOptions, Sd3FullOptions, FusedUpdateOptions)},
     task_hidden={"full": frozenset({"learning_rate_te", "mem_eff_save"})},
     tracker_names={"network": "network_train", "full": "finetuning"},

@@ -12,6 +12,7 @@ from library.base.hashes import model_hashes
 from library.base.logs import logger
 from library.config_util import SubsetPlan
 from library.data.dataset import ImageSet
+from library.options.rates import rewritten_rates
 from library.options.schema import OptionSet
 
 _MINIMUM = (
@@ -118,7 +119,7 @@ def training_metadata(options: OptionSet, facts: TrainingFacts, family_keys: Seq
         facts: what the run found out.
         family_keys: further flags the family writes as `ss_<flag>`.
     """
-    given = options.values()
+    given = {**options.values(), **rewritten_rates(options)}
     entries: dict[str, Any] = {f"ss_{name}": given.get(name) for name in (*_AS_GIVEN, *family_keys)}
     rates = given.get("text_encoder_lr")
     entries |= {

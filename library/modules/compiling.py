@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 _MARK = "compiled_forward"
+_FEWEST_GRAPHS = 32
+_GRAPHS_PER_BLOCK = 4
 
 
 def compile_blocks(
@@ -22,7 +24,7 @@ def compile_blocks(
     mode: str | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
-    cache_size_limit: int = 32,
+    cache_size_limit: int | None = None,
     grad_inputs: Collection[str] | None = None,
 ) -> None:
     """Compile the forward of every block; adapters and checkpointing must be applied before.
@@ -37,13 +39,20 @@ def compile_blocks(
         dynamic: None: a second size makes the shapes symbolic; True: they are from the start; False: a graph per size.
         fullgraph: an interruption of the graph is an error.
         cache_size_limit: how many graphs may be made of one piece of code. One more is an error
-            (`FailOnRecompileLimitHit`), not a silent return to uncompiled code.
+            (`FailOnRecompileLimitHit`), not a silent return to uncompiled code. When None, a few for every block: those
+            of a U-Net have sizes and channels of their own.
         grad_inputs: parameter names of the inputs to mark; all floating-point tensors when None.
     """
     config = torch._dynamo.config
     config.fail_on_recompile_limit_hit = True
-    config.recompile_limit = cache_size_limit
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, cache_size_limit)
+    limit = cache_size_limit or max(_FEWEST_GRAPHS, _GRAPHS_PER_BLOCK * len(blocks))
+    config.recompile_limit = limit
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+    if any(parameter.device.type == "cpu" for block in blocks for parameter in block.parameters()):
+        # torch 2.13: vectorised CPU kernels that are fused side by side give wrong gradients of transposed inputs
+        import torch._inductor.config as inductor
+
+        inductor.cpp.max_horizontal_fusion_size = 1
     options = {"backend": backend, "mode": mode, "dynamic": dynamic, "fullgraph": fullgraph}
     for block in blocks:
         if not hasattr(block.__dict__.get("forward"), _MARK):

@@ -33,6 +33,9 @@ def _scheme_acts(values: Values) -> bool:
     return scheme not in _LOSS_WEIGHTS or values.get("model_prediction_type", "sigma_scaled") == "sigma_scaled"
 
 
+_UPLOADS = (_given("huggingface_repo_id"), "it needs --huggingface_repo_id")
+_TRACKS = (_given("log_with", "logging_dir"), "it needs --log_with or --logging_dir")
+_WANDB = (_one_of("log_with", "wandb", "all"), "it needs --log_with wandb")
 _WITHOUT_DENSITY = "only --timestep_sampling sigma draws with the density of --weighting_scheme"
 _SAVES = "nothing is saved before the end without --save_every_n_{0} or a matching order"
 
@@ -78,10 +81,27 @@ CONDITIONS: dict[str, tuple[Callable[[Values], bool], str]] = {
     "compile_dynamic": (_given("compile"), "it needs --compile"),
     "compile_fullgraph": (_given("compile"), "it needs --compile"),
     "compile_cache_size_limit": (_given("compile"), "it needs --compile"),
+    "bf16_update": (_given("full_bf16"), "adapters are trained in float32 unless --full_bf16 is given"),
     "dynamo_backend": (_given("torch_compile"), "it needs --torch_compile"),
     "ema_device": (_given("ema_decay"), "it needs --ema_decay"),
     "ema_no_warmup": (_given("ema_decay"), "it needs --ema_decay"),
     "ema_samples": (_given("ema_decay"), "it needs --ema_decay"),
+    "huggingface_repo_type": _UPLOADS,
+    "huggingface_path_in_repo": _UPLOADS,
+    "huggingface_repo_visibility": _UPLOADS,
+    "save_state_to_huggingface": _UPLOADS,
+    "async_upload": _UPLOADS,
+    "huggingface_token": (
+        _given("huggingface_repo_id", "resume_from_huggingface"),
+        "it needs --huggingface_repo_id or --resume_from_huggingface",
+    ),
+    "resume_from_huggingface": (_given("resume"), "it needs --resume"),
+    "log_prefix": (_given("logging_dir"), "it needs --logging_dir"),
+    "log_tracker_name": _TRACKS,
+    "log_tracker_config": _TRACKS,
+    "log_config": _TRACKS,
+    "wandb_run_name": _WANDB,
+    "wandb_api_key": _WANDB,
 }
 
 

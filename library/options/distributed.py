@@ -12,7 +12,9 @@ from library.options.schema import option
 class DistributedOptions:
     """Several devices: distributed data parallel."""
 
-    ddp_timeout: int | None = option(None, help="minutes that processes wait for each other")
+    ddp_timeout: int | None = option(
+        None, help="minutes that processes wait for each other; torch's own limit when not given"
+    )
     ddp_gradient_as_bucket_view: bool = option(False, help="let gradients share memory with communication buffers")
     ddp_static_graph: bool = option(False, help="promise that every step uses the same weights")
 

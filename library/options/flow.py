@@ -48,10 +48,28 @@ class FlowSamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepViewOptions:
-    """Preview of noise levels: see the distribution instead of training."""
+    """Preview of noise levels: see what would be drawn, and how much it would count, instead of training."""
 
     show_timesteps: str | None = option(
-        None, help="show the drawn noise levels and their weights, then stop", choices=("console", "image")
+        None,
+        help="show the drawn noise levels and their weights, as text or also as a PNG among the results, then stop",
+        choices=("console", "image"),
     )
-    show_timesteps_resolution: str | None = option(None, help='image size of the preview: "size" or "width,height"')
+    show_timesteps_resolution: str | None = option(
+        None, help='image size of the preview, "size" or "width,height"; that of the first dataset when not given'
+    )
     show_timesteps_offset: float = option(0.0, help="shift of the previewed distribution in logit space")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        if self.show_timesteps_resolution is not None and self.resolution is None:
+            message = 'expected "size" or "width,height" in pixels, for example 1024 or 1024,768'
+            yield Problem("--show_timesteps_resolution", message, self.show_timesteps_resolution)
+
+    @property
+    def resolution(self) -> tuple[int, int] | None:
+        """(width, height) in pixels, or None when it is not given or cannot be read."""
+        parts = (self.show_timesteps_resolution or "").split(",")
+        if len(parts) > 2 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            return None
+        return int(parts[0]), int(parts[-1])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
+from library.options.arguments import argument_problems, parse_arguments
 from library.options.ranges import at_least, exclusive
 from library.options.schema import option
 
@@ -20,7 +21,9 @@ class OptimizerOptions:
     learning_rate: float = option(2.0e-6, help="learning rate of every part without its own")
     max_grad_norm: float = option(1.0, help="longest gradient; 0: not clipped")
     optimizer_args: list[str] | None = option(None, help="key=value arguments of the optimizer")
-    fused_backward_pass: bool = option(False, help="update each weight during the backward pass: less memory")
+    fused_backward_pass: bool = option(
+        False, help="update each weight during the backward pass: less memory; gradients are not clipped then"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
@@ -30,13 +33,38 @@ class OptimizerOptions:
             yield from exclusive(self, name, "optimizer_type", "both name the optimizer")
         if self.fused_backward_pass and self.name != "adafactor":
             yield Problem("--fused_backward_pass", "needs --optimizer_type Adafactor")
-        for text in self.optimizer_args or ():
-            if "=" not in text:
-                yield Problem("--optimizer_args", "expected key=value", text)
+        yield from argument_problems(self.optimizer_args, "--optimizer_args")
+
+    @property
+    def shown_name(self) -> str:
+        """The optimizer as the user wrote it, whichever flag names it."""
+        if self.use_8bit_adam:
+            return "AdamW8bit"
+        return "Lion" if self.use_lion_optimizer else (self.optimizer_type or "AdamW")
 
     @property
     def name(self) -> str:
         """The optimizer in lower case, whichever flag names it."""
-        if self.use_8bit_adam:
-            return "adamw8bit"
-        return "lion" if self.use_lion_optimizer else (self.optimizer_type or "AdamW").lower()
+        return self.shown_name.lower()
+
+    @property
+    def sets_own_rate(self) -> bool:
+        """Whether Adafactor works out its rate itself: `relative_step`, which `warmup_init=True` needs.
+
+        Raises:
+            UserError: arguments that cannot be read.
+        """
+        if self.name != "adafactor":
+            return False
+        arguments = parse_arguments(self.optimizer_args, "--optimizer_args")
+        return bool(arguments.get("relative_step", True) or arguments.get("warmup_init"))
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether it finds the size of its steps and multiplies it with the learning rate."""
+        return self.name.startswith("dadapt") or self.name == "prodigy"
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether it averages weights instead of following a schedule."""
+        return self.name.endswith("schedulefree")

@@ -8,6 +8,7 @@ from typing import Any
 
 from library.base.errors import Problem
 from library.options.optimizer import OptimizerOptions
+from library.options.rates import rate_warnings
 from library.options.schema import OptionSet
 
 
@@ -19,24 +20,7 @@ def _same(feature: str, *names: str) -> dict[str, str]:
 PENDING_FLAGS: dict[str, str] = {
     **_same("a dataset class of your own", "dataset_class"),
     **_same("block swapping", "blocks_to_swap", "split_mode"),
-    **_same("fused updates", "fused_backward_pass"),
-    **_same("the Lion optimizer", "use_lion_optimizer"),
-    **_same("schedules of your own", "lr_scheduler_type", "lr_scheduler_args"),
     **_same("inpainting training", "train_inpainting"),
-    **_same("the preview of noise levels", "show_timesteps", "show_timesteps_resolution", "show_timesteps_offset"),
-    **_same(
-        "uploading to the hub",
-        "huggingface_repo_id",
-        "huggingface_repo_type",
-        "huggingface_path_in_repo",
-        "huggingface_token",
-        "huggingface_repo_visibility",
-        "save_state_to_huggingface",
-        "async_upload",
-    ),
-    **_same("Weights & Biases", "wandb_run_name", "wandb_api_key"),
-    **_same("configuring trackers", "log_tracker_config", "log_config"),
-    **_same("waiting times between processes", "ddp_timeout"),
     **_same(
         "DeepSpeed",
         "deepspeed",
@@ -51,11 +35,8 @@ PENDING_FLAGS: dict[str, str] = {
     ),
 }
 
-# option name -> the values that work; others parse but are not there yet (optimizer names: in lower case)
+# option name -> the values that work; others parse but are not there yet
 AVAILABLE_VALUES: dict[str, frozenset[Any]] = {
-    "optimizer_type": frozenset({"", "adamw", "adamw8bit", "adafactor"}),
-    "lr_scheduler": frozenset({"constant", "constant_with_warmup", "cosine", "linear"}),
-    "log_with": frozenset({None, "tensorboard"}),
     "model_type": frozenset({"flux"}),
 }
 
@@ -98,15 +79,6 @@ NO_EFFECT: dict[str, dict[str, str]] = {
     "sdxl": {"clip_skip": "SDXL always uses the layer before the last"},
 }
 
-# schedules -> flags that only other schedules read
-_SCHEDULE_FLAGS = (
-    "lr_decay_steps",
-    "lr_scheduler_num_cycles",
-    "lr_scheduler_power",
-    "lr_scheduler_timescale",
-    "lr_scheduler_min_lr_ratio",
-)
-
 
 def no_effect_reasons(family: str) -> Mapping[str, str]:
     """Option name -> why it does nothing for this family."""
@@ -128,8 +100,7 @@ def pending_problems(options: OptionSet, family: str) -> Iterator[Problem]:
         if name in PENDING_FLAGS:
             yield Problem(f"--{name}", f"{PENDING_FLAGS[name]} is not available in this version yet")
         allowed = AVAILABLE_VALUES.get(name)
-        comparable = value.lower() if name == "optimizer_type" else value
-        if allowed is not None and comparable not in allowed:
+        if allowed is not None and value not in allowed:
             working = ", ".join(sorted(str(item) for item in allowed if item))
             yield Problem(f"--{name}", f"not available in this version yet (available: {working})", value)
 
@@ -140,10 +111,6 @@ def no_effect_warnings(options: OptionSet, family: str) -> Iterator[str]:
     for name, reason in no_effect_reasons(family).items():
         if name in changed:
             yield f"--{name} has no effect: {reason}"
-    scheduler = options.values().get("lr_scheduler")
-    if scheduler in AVAILABLE_VALUES["lr_scheduler"]:
-        for name in _SCHEDULE_FLAGS:
-            if name in changed:
-                yield f"--{name} has no effect with --lr_scheduler {scheduler}"
+    yield from rate_warnings(options)
     if options[OptimizerOptions].optimizer_type and "use_8bit_adam" in changed:
         yield "--use_8bit_adam has no effect beside --optimizer_type"

@@ -14,6 +14,11 @@ class PrecisionOptions:
     mixed_precision: str = option("no", help="format of the computation", choices=("no", "fp16", "bf16"))
     full_fp16: bool = option(False, help="keep weights and gradients in float16 too")
     full_bf16: bool = option(False, help="keep weights and gradients in bfloat16 too")
+    bf16_update: str | None = option(
+        None,
+        help="how weights trained in bfloat16 take up small changes: rounded by chance, or with the rest kept",
+        choices=("stochastic", "kahan"),
+    )
     fp8_base: bool = option(False, help="keep the frozen base model in 8-bit floats")
     fp8_base_unet: bool = option(False, help="keep the frozen denoiser in 8-bit floats, the text encoders not")
     cuda_allow_tf32: bool = option(False, help="let the GPU round float32 products to TF32: faster, less exact")

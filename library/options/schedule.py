@@ -5,9 +5,48 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from library.base.errors import Problem
-from library.options.ranges import at_least, share
+from library.base.errors import Problem, nearest
+from library.options.arguments import argument_problems
+from library.options.ranges import above, at_least, share
 from library.options.schema import option
+
+_WARMUP = "lr_warmup_steps"
+# schedule -> the flags that it reads
+READS: dict[str, frozenset[str]] = {
+    "constant": frozenset(),
+    "constant_with_warmup": frozenset({_WARMUP}),
+    "linear": frozenset({_WARMUP}),
+    "cosine": frozenset({_WARMUP, "lr_scheduler_args"}),
+    "cosine_with_restarts": frozenset({_WARMUP, "lr_scheduler_num_cycles"}),
+    "polynomial": frozenset({_WARMUP, "lr_scheduler_power", "lr_scheduler_args"}),
+    "inverse_sqrt": frozenset({_WARMUP, "lr_scheduler_timescale"}),
+    "cosine_with_min_lr": frozenset(
+        {_WARMUP, "lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio", "lr_scheduler_args"}
+    ),
+    "cosine_warmup_with_min_lr": frozenset(
+        {_WARMUP, "lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio", "lr_scheduler_args"}
+    ),
+    "warmup_stable_decay": frozenset(
+        {_WARMUP, "lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_min_lr_ratio", "lr_scheduler_args"}
+    ),
+    "piecewise_constant": frozenset({"lr_scheduler_args"}),
+    "adafactor": frozenset(),
+}
+# flags that some schedules read and others do not
+SCHEDULE_FLAGS = (
+    "lr_warmup_steps",
+    "lr_decay_steps",
+    "lr_scheduler_num_cycles",
+    "lr_scheduler_power",
+    "lr_scheduler_timescale",
+    "lr_scheduler_min_lr_ratio",
+    "lr_scheduler_args",
+)
+_NO_PLATEAU = (
+    "is refused: the loss of a step depends mostly on its noise level, so a rate that follows it falls by chance "
+    "(and a resumed run or another number of processes would need the same losses); cosine_with_min_lr or "
+    "warmup_stable_decay lower the rate on a plan"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +54,9 @@ class ScheduleOptions:
     """Learning-rate schedule: how the rate changes while training."""
 
     lr_scheduler: str = option("constant", help="name of the schedule")
-    lr_scheduler_type: str = option("", help="your own schedule class, as package.module.ClassName")
+    lr_scheduler_type: str = option(
+        "", help="a schedule class instead: a name of torch.optim.lr_scheduler, or package.module.ClassName"
+    )
     lr_scheduler_args: list[str] | None = option(None, help="key=value arguments of the schedule")
     lr_warmup_steps: int | float = option(0, help="steps until the full rate; below 1 or with %: a share of all steps")
     lr_decay_steps: int | float = option(0, help="steps of the final decay; below 1 or with %: a share of all steps")
@@ -29,9 +70,33 @@ class ScheduleOptions:
         yield from at_least(0, lr_warmup_steps=self.lr_warmup_steps, lr_decay_steps=self.lr_decay_steps)
         yield from at_least(1, lr_scheduler_num_cycles=self.lr_scheduler_num_cycles)
         yield from share(lr_scheduler_min_lr_ratio=self.lr_scheduler_min_lr_ratio)
-        for text in self.lr_scheduler_args or ():
-            if "=" not in text:
-                yield Problem("--lr_scheduler_args", "expected key=value", text)
+        yield from above(0, lr_scheduler_timescale=self.lr_scheduler_timescale)
+        yield from argument_problems(self.lr_scheduler_args, "--lr_scheduler_args")
+        yield from self._name_problems()
+
+    def _name_problems(self) -> Iterator[Problem]:
+        if self.lr_scheduler_type:
+            if self.lr_scheduler_type.rpartition(".")[2] == "ReduceLROnPlateau":
+                yield Problem("--lr_scheduler_type", _NO_PLATEAU, self.lr_scheduler_type)
+            if self.lr_warmup_steps:
+                message = "cannot be combined with --lr_scheduler_type: the class itself says how it begins"
+                yield Problem("--lr_warmup_steps", message, self.lr_warmup_steps)
+        elif self.lr_scheduler == "reduce_lr_on_plateau":
+            yield Problem("--lr_scheduler", _NO_PLATEAU, self.lr_scheduler)
+        elif self.name not in READS:
+            guess = nearest(self.name, list(READS))
+            hint = f"; did you mean {guess}?" if guess else ""
+            yield Problem("--lr_scheduler", f"unknown; known are {', '.join(READS)}{hint}", self.lr_scheduler)
+        elif self.name != self.lr_scheduler:
+            try:
+                float(self.lr_scheduler.partition(":")[2])
+            except ValueError:
+                yield Problem("--lr_scheduler", "expected adafactor or adafactor:RATE", self.lr_scheduler)
+
+    @property
+    def name(self) -> str:
+        """The schedule's name; `adafactor:0.001` is `adafactor`."""
+        return "adafactor" if self.lr_scheduler.startswith("adafactor:") else self.lr_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)

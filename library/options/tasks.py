@@ -14,6 +14,7 @@ from library.options.data import AugmentOptions, BucketOptions, DataOptions
 from library.options.debug import RecordOptions
 from library.options.distributed import DeepSpeedOptions, DistributedOptions
 from library.options.ema import EmaOptions
+from library.options.flow import TimestepViewOptions
 from library.options.hub import HubOptions
 from library.options.inversion import InversionOptions
 from library.options.leco import LecoOptions
@@ -38,7 +39,7 @@ FULL_MODEL_FORMATS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors
 _DATA = (DataOptions, BucketOptions, AugmentOptions, CaptionOptions, CachingOptions, TextCachingOptions)
 _COMPUTE = (PrecisionOptions, MemoryOptions, AttentionOptions, CompileOptions)
 _OPTIMIZE = (OptimizerOptions, ScheduleOptions, LengthOptions, EmaOptions)
-_JUDGE = (NoiseOptions, LossOptions, SnrLossOptions)
+_JUDGE = (NoiseOptions, LossOptions, SnrLossOptions, TimestepViewOptions)
 _OUTPUT = (SavingOptions, StateOptions, MetadataOptions, SamplingOptions, TrackingOptions, HubOptions)
 _RUN = (DistributedOptions, DeepSpeedOptions, RecordOptions, LoggingOptions)
 

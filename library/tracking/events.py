@@ -1,6 +1,7 @@
 """A machine-readable log of a run: one JSON object per line."""
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from library.base.safetensors_io import write_text_atomic
 class EventLog:
     """Appends events to a JSON Lines file; every line is flushed, so a killed run leaves whole lines.
 
+    Threads may write at the same time.
+
     Args:
         path: the file, or None to drop everything (other ranks).
         keep_until: optimizer step up to which events of an earlier run stay; None begins a new log.
@@ -21,6 +24,7 @@ class EventLog:
         self.path = path
         self.kept: list[dict[str, Any]] = []
         self._file = None
+        self._writing = threading.Lock()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if keep_until is not None:
@@ -32,8 +36,10 @@ class EventLog:
 
     def write(self, event: str, **values: Any) -> None:
         """Add one event with the current time (seconds since 1970)."""
-        if self._file is not None:
-            line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, ensure_ascii=False)
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **values}, ensure_ascii=False)
+        with self._writing:
+            if self._file is None:
+                return
             try:
                 self._file.write(line + "\n")
                 self._file.flush()
@@ -43,9 +49,10 @@ class EventLog:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._writing:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
 
 def _events_until(path: Path, step: int) -> list[dict[str, Any]]:

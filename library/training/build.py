@@ -20,6 +20,7 @@ from library.modules.components import Components, Need
 from library.modules.quantize import prepare_fp8
 from library.optim.driver import OptimizerDriver
 from library.optim.registry import build_optimizer
+from library.optim.rounding import WideUpdates
 from library.optim.scaler import HalfGradScaler
 from library.optim.schedulers import build_schedule
 from library.options.attention import AttentionOptions
@@ -35,6 +36,7 @@ from library.options.saving import SavingOptions
 from library.options.schedule import ScheduleOptions
 from library.options.state import StateOptions
 from library.tracking.events import EventLog
+from library.tracking.trackers import Moment
 from library.training.caches import DiskCaches
 from library.training.control import Control
 from library.training.engine import Trainer
@@ -174,7 +176,7 @@ def wrap_blocks(setting: Setting, components: Components, trained: list[bool]) -
             dynamic=dynamic,
             fullgraph=compiling.compile_fullgraph,
             grad_inputs=denoising.gradient_inputs,
-            **({"cache_size_limit": compiling.compile_cache_size_limit} if compiling.compile_cache_size_limit else {}),
+            cache_size_limit=compiling.compile_cache_size_limit,
         )
 
 
@@ -203,14 +205,16 @@ def make_optimizer(setting: Setting, task: NetworkTask) -> OptimizerDriver:
     """Optimizer, schedule and clipping."""
     options = setting.plan.options
     groups, names = task.param_groups()
-    optimizer = options[OptimizerOptions]
+    optimizer, precision = options[OptimizerOptions], options[PrecisionOptions]
+    parameters = [parameter for group in groups for parameter in group["params"]]
     fp16 = setting.plan.dtype == torch.float16
     return OptimizerDriver(
         build_optimizer(optimizer, groups),
-        build_schedule(options[ScheduleOptions], setting.plan.max_steps),
-        [parameter for group in groups for parameter in group["params"]],
+        build_schedule(options[ScheduleOptions], setting.plan.max_steps, optimizer),
+        parameters,
         max_grad_norm=optimizer.max_grad_norm,
         scaler=HalfGradScaler(setting.device.type) if fp16 else None,
+        wide=WideUpdates(parameters, precision.bf16_update, setting.plan.seed) if precision.bf16_update else None,
         names=names,
     )
 
@@ -219,7 +223,7 @@ def build_session(
     setting: Setting,
     replay: Replay | None,
     events: EventLog,
-    track: Callable[[dict[str, float], int], None],
+    track: Callable[[dict[str, float], Moment], None],
     start: Start,
 ) -> tuple[Session, Saver | None]:
     """Load, cache, wrap and wire everything; `start` says where the run begins."""

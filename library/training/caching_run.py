@@ -9,6 +9,7 @@ from library.data.dataset import TrainDataset
 from library.family import Family
 from library.modules.components import Components, Need
 from library.options.caching import TextCachingOptions
+from library.options.distributed import DistributedOptions
 from library.options.precision import PrecisionOptions
 from library.options.schedule import LengthOptions
 from library.options.schema import OptionSet
@@ -48,7 +49,9 @@ def run_caching(family: Family, options: OptionSet, *, latents: bool, texts: boo
     Raises:
         UserError: everything that is wrong and can be known before weights load, or a failure that has a remedy.
     """
-    processes = start_processes(options[PrecisionOptions].mixed_precision, None, None)
+    processes = start_processes(
+        options[PrecisionOptions].mixed_precision, timeout=options[DistributedOptions].ddp_timeout
+    )
     seed = options[LengthOptions].seed or 0
     inspected, problems = inspect_data(family, options, seed, is_main=processes.is_main)
     raise_problems(problems)

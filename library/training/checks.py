@@ -19,7 +19,7 @@ from library.family import Family
 from library.modules.attention import check_back_end
 from library.modules.components import Variant
 from library.modules.loading import open_model_file
-from library.optim.registry import build_optimizer
+from library.optim.registry import check_optimizer
 from library.options.attention import AttentionOptions
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.compiling import CompileOptions
@@ -36,6 +36,7 @@ from library.options.tracking import TrackingOptions
 from library.options.validation import ValidationOptions
 from library.sampling.prompts import SampleDefaults, SampleRequest, read_prompts
 from library.strategy_base import Strategies
+from library.tracking.trackers import check_trackers
 from library.training.network_adapter import import_network_module, is_ours, parse_network_arguments
 
 T = TypeVar("T")
@@ -80,8 +81,9 @@ def inspect_run(family: Family, options: OptionSet, seed: int, *, is_main: bool 
     collector = _Collector()
     inspected, collector.problems = inspect_data(family, options, seed, is_main=is_main)
     collector.run(lambda: _check_network(family, options))
-    collector.run(lambda: _check_optimizer(options))
+    collector.run(lambda: check_optimizer(options[OptimizerOptions]))
     collector.run(lambda: _check_computing(options))
+    collector.run(lambda: check_trackers(options[TrackingOptions]))
     collector.problems += _output_problems(options)
     requests: list[SampleRequest] | None = []
     sampling = options[SamplingOptions]
@@ -118,11 +120,6 @@ def _check_network(family: Family, options: OptionSet) -> None:
     module = import_network_module(network.network_module or family.default_network)
     if is_ours(module):
         module.create_network.check_arguments(parse_network_arguments(network.network_args))
-
-
-def _check_optimizer(options: OptionSet) -> None:
-    """Make the optimizer for one number: wrong names and arguments show without a model."""
-    build_optimizer(options[OptimizerOptions], [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
 
 
 def _check_computing(options: OptionSet) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
@@ -87,14 +88,29 @@ def process_is_alive(number: int) -> bool:
     return True
 
 
-def start_processes(mixed_precision: str, log_with: str | None, logging_dir: str | None) -> Processes:
+def start_processes(
+    mixed_precision: str,
+    log_with: Sequence[str] = (),
+    logging_dir: str | None = None,
+    *,
+    timeout: int | None = None,
+) -> Processes:
     """The accelerator of this process, as `accelerate launch` describes it.
+
+    Args:
+        mixed_precision: of the run.
+        log_with: names of trackers.
+        logging_dir: folder of this run's logs.
+        timeout: minutes that processes wait for each other; torch's own limit when None.
 
     Raises:
         UserError: the device has no such precision.
     """
+    patience = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))]
     # autocast and loss scaling are ours, so several runs of one process may differ in precision
-    accelerator = Accelerator(mixed_precision="no", log_with=log_with, project_dir=logging_dir)
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=list(log_with) or None, project_dir=logging_dir, kwargs_handlers=patience
+    )
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision", "fp16", "the CPU cannot train in fp16; use bf16 or no")
     return Processes(accelerator)

@@ -20,6 +20,7 @@ from library.diffusion.from_options import noise_recipe
 from library.modules.components import Components
 from library.optim.driver import OptimizerDriver
 from library.options.debug import RecordOptions
+from library.options.hub import HubOptions
 from library.options.metadata import MetadataOptions
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
@@ -161,6 +162,10 @@ def make_services(
                     task.save(averaged(path), {**metadata, "ss_ema_decay": str(weights.average.decay)})
             progress.events.write("saved", path=str(path), step=step, epoch=epoch)
             progress.say(f"saved {path}")
+            if setting.uploader is not None:
+                setting.uploader.add(path)
+                if weights.average is not None:
+                    setting.uploader.add(averaged(path))
 
         saver = Saver(options[SavingOptions], plan.names, plan.num_epochs, write)
         services.append(SavingService(saver))
@@ -282,3 +287,5 @@ class StateWriter:
         write_state(folder, SavedState(head, self.task.weights(), optimizer))
         self.progress.events.write("state", path=str(folder), step=step, epoch=epoch)
         self.progress.say(f"saved the state {folder}")
+        if self.setting.uploader is not None and self.setting.plan.options[HubOptions].save_state_to_huggingface:
+            self.setting.uploader.add(folder)

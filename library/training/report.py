@@ -17,6 +17,7 @@ from library.data.report import dataset_findings
 from library.tracking.events import EventLog
 from library.tracking.metrics import LossAverage
 from library.tracking.plot import plot_losses
+from library.tracking.trackers import Moment
 from library.training.memory import peak_bytes, readable
 from library.training.plan import RunPlan, bucket_rows
 from library.training.state import TrainState
@@ -88,7 +89,7 @@ class Progress:
         state: where it is.
         device: where the model computes.
         events: machine-readable log.
-        track: sends values to trackers: (values, step).
+        track: sends values to trackers: (values, moment).
         show: whether to draw the line.
     """
 
@@ -98,7 +99,7 @@ class Progress:
         state: TrainState,
         device: torch.device,
         events: EventLog,
-        track: Callable[[dict[str, float], int], None],
+        track: Callable[[dict[str, float], Moment], None],
         *,
         show: bool,
     ) -> None:
@@ -169,7 +170,8 @@ class Progress:
         self.average.add(loss)
         self.steps.append(step)
         self.losses.append(loss)
-        self.track({"loss/current": loss, "loss/average": self.average.value, **values}, step)
+        moment = Moment(step, self.state.epoch)
+        self.track({"loss/current": loss, "loss/average": self.average.value, **values}, moment)
         self.events.write("step", step=step, epoch=self.state.epoch, loss=loss, data_wait=round(waited, 4), **values)
         if not self._bar.disable:
             rate = next((value for name, value in values.items() if name.startswith("lr/")), 0.0)
@@ -180,7 +182,8 @@ class Progress:
     def epoch_end(self, epoch: int) -> None:
         """An epoch is complete."""
         self.flush()
-        self.track({"loss/epoch_average": self.average.value}, epoch)
+        moment = Moment(self.state.step, epoch, per_epoch=True)
+        self.track({"loss/epoch_average": self.average.value}, moment)
         self.events.write("epoch", epoch=epoch, step=self.state.step, loss=self.average.value)
 
     def validated(self, found: ValidationLosses, step: int, *, per_epoch: bool, kind: str = "") -> None:
@@ -195,13 +198,14 @@ class Progress:
         self.flush()
         loss = found.loss
         when, of = "epoch" if per_epoch else "step", f"_{kind}" if kind else ""
-        values = {f"loss/validation{of}/{when}_average": loss}
-        values |= {f"loss/validation{of}/timestep_{t}": one for t, one in found.by_timestep.items()}
+        averages = {f"loss/validation{of}/{when}_average": loss}
+        values = {f"loss/validation{of}/timestep_{t}": one for t, one in found.by_timestep.items()}
         if len(found.by_dataset) > 1:
             values |= {f"loss/validation{of}/dataset_{n}": one for n, one in found.by_dataset.items()}
         if self.losses and not kind:
-            values[f"loss/validation/{when}_divergence"] = loss - self.average.value
-        self.track(values, step)
+            averages[f"loss/validation/{when}_divergence"] = loss - self.average.value
+        self.track(averages, Moment(step, self.state.epoch, per_epoch=per_epoch))
+        self.track(values, Moment(step, self.state.epoch))
         details = {
             "by_timestep": {str(timestep): one for timestep, one in found.by_timestep.items()},
             "by_dataset": {str(number): one for number, one in found.by_dataset.items()},

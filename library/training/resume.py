@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.base.errors import CheckpointError, Problem, UserError
+from library.base.errors import CheckpointError, Problem
 from library.base.logs import logger
 from library.base.safetensors_io import TensorFile
 from library.caching.fingerprints import digest
+from library.checkpoint.hub import download_state
 from library.checkpoint.saver import Names
 from library.checkpoint.state_files import SavedState, find_states, present, read_head, read_state
 from library.data.build import ImageSets
@@ -46,12 +47,13 @@ def find_resume(options: OptionSet) -> Resume | None:
 
     Raises:
         CheckpointError: the named state is missing or damaged.
+        UserError: it cannot be fetched from the hub.
     """
     given = options[StateOptions].resume
     if not given:
         return None
     if options[HubOptions].resume_from_huggingface:
-        folder = _from_hub(given, options[HubOptions])
+        folder = download_state(given, options[HubOptions])
     elif given == "auto":
         names = state_names(options)
         states = find_states(names.folder, names.base or "last")
@@ -69,30 +71,6 @@ def find_resume(options: OptionSet) -> Resume | None:
         )
         logger.warning(message, folder)
     return Resume(folder, head)
-
-
-def _from_hub(given: str, options: HubOptions) -> Path:
-    """A state on the hub: owner/repository/folder[:revision[:type]]."""
-    name, _, rest = given.partition(":")
-    revision, _, kind = rest.partition(":")
-    parts = name.split("/")
-    if len(parts) < 3:
-        raise UserError("--resume", given, "expected owner/repository/folder with --resume_from_huggingface")
-    from huggingface_hub import snapshot_download
-
-    inside = "/".join(parts[2:])
-    try:
-        place = snapshot_download(
-            "/".join(parts[:2]),
-            repo_type=kind or None,
-            revision=revision or None,
-            allow_patterns=f"{inside}/*",
-            token=options.huggingface_token,
-        )
-    except Exception as error:  # whatever the network or the hub has to say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError("--resume", given, f"cannot be fetched from the hub: {reason}") from error
-    return Path(place) / inside
 
 
 def data_fingerprint(images: ImageSets) -> list[int]:

@@ -7,26 +7,33 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from library.base.errors import UserError, raise_problems
 from library.base.logs import logger
 from library.base.randomness import address
+from library.checkpoint.hub import Repository, Uploader, open_repository
 from library.checkpoint.saver import Names
 from library.checkpoint.state_files import recover, sweep_half_written
 from library.data.sheets import debug_lines, debug_sheets
+from library.diffusion.preview import plot_preview, preview_levels, preview_lines
 from library.family import Family
-from library.optim.schedulers import build_schedule
+from library.optim.fused import check_fused
+from library.optim.schedulers import Schedule, build_schedule, rate_courses
 from library.options.caching import CachingOptions
 from library.options.config import ConfigOptions
 from library.options.data import DataOptions
 from library.options.debug import RecordOptions
+from library.options.distributed import DistributedOptions
+from library.options.flow import TimestepViewOptions
+from library.options.hub import HubOptions
 from library.options.memory import MemoryOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
@@ -37,6 +44,8 @@ from library.options.schema import OptionSet
 from library.options.state import StateOptions
 from library.options.tracking import TrackingOptions
 from library.tracking.events import EventLog
+from library.tracking.recorded import privacy_notes
+from library.tracking.trackers import Trackers, start_trackers
 from library.training.build import build_session
 from library.training.caches import keeps_texts_on_disk
 from library.training.checks import Inspected, inspect_run
@@ -97,8 +106,13 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
     tracking = options[TrackingOptions]
     log_folder = _log_folder(tracking)
     processes = start_processes(
-        options[PrecisionOptions].mixed_precision, "tensorboard" if log_folder else None, log_folder
+        options[PrecisionOptions].mixed_precision,
+        tracking.trackers,
+        log_folder,
+        timeout=options[DistributedOptions].ddp_timeout,
     )
+    if processes.is_main:
+        _say_what_others_see(options)
     resume = find_resume(options)
     seed = options[LengthOptions].seed
     seed = _shared_seed(resume.seed if seed is None and resume is not None else seed)
@@ -111,9 +125,14 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
     if options[DataOptions].debug_dataset:
         show_dataset(plan, is_main=processes.is_main)
         return TrainResult(None)
+    if options[TimestepViewOptions].show_timesteps:
+        if processes.is_main:
+            show_levels(setting)
+        return TrainResult(None)
     if options[ConfigOptions].dry_run:
         logger.info("--dry_run: stopped before training")
         return TrainResult(None)
+    repository = _shared_repository(options[HubOptions], processes)
     set_backend_flags(options[PrecisionOptions])
     with output_lock(plan.names, is_main=processes.is_main):
         if processes.is_main and resume is not None:
@@ -121,15 +140,15 @@ def run(family: Family, task: str, options: OptionSet) -> TrainResult:
         processes.wait_for_all()
         keep = start.state.step if resume is not None else None
         events = EventLog(plan.names.beside("_events.jsonl") if processes.is_main else None, keep)
+        setting = replace(setting, uploader=_make_uploader(setting, repository, events))
         return _train(setting, start, replay, events, log_folder)
 
 
 def _train(
     setting: Setting, start: Start, replay: Replay | None, events: EventLog, log_folder: str | None
 ) -> TrainResult:
-    """Load, train, finish."""
-    family, plan, processes = setting.family, setting.plan, setting.processes
-    options, accelerator = plan.options, processes.accelerator
+    """Load, train, finish; whatever happens, uploads and logs come to their end."""
+    family, plan = setting.family, setting.plan
     events.write(
         "start" if start.resume is None else "resume",
         family=family.name,
@@ -139,12 +158,30 @@ def _train(
         steps=plan.max_steps,
         epochs=plan.num_epochs,
     )
-    if log_folder:
-        name = options[TrackingOptions].log_tracker_name or family.tracker_name(setting.task_name, options)
-        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": start.state.step}})
-    session, saver = build_session(
-        setting, replay, events, lambda values, step: accelerator.log(values, step=step), start
-    )
+    trackers = _start_trackers(setting, start, log_folder)
+    ended = False
+    try:
+        result = _run_session(setting, start, replay, events, trackers)
+        ended = True
+    finally:
+        if setting.uploader is not None:
+            setting.uploader.close()
+        trackers.close(failed=not ended)
+        if ended and result.state is not None:
+            saved = [str(path) for path in result.saved]
+            events.write("end", step=result.state.step, epoch=result.state.epoch, saved=saved)
+        events.close()
+    if plan.options[TrackingOptions].trackers:
+        setting.processes.accelerator.state.destroy_process_group()
+    return result
+
+
+def _run_session(
+    setting: Setting, start: Start, replay: Replay | None, events: EventLog, trackers: Trackers
+) -> TrainResult:
+    """Load, train, say what there is now."""
+    processes = setting.processes
+    session, saver = build_session(setting, replay, events, trackers.log, start)
     logger.info("%s", _memory_line(session, processes))
     if processes.is_main:
         logger.info(
@@ -159,8 +196,6 @@ def _train(
     if trainer.stopped is not None:
         stopped, code = _stop(session, trainer.stopped)
     finish(session, saved, stopped)
-    if log_folder:
-        accelerator.end_training()
     progress = session.progress
     return TrainResult(state, saved, tuple(progress.losses), tuple(progress.validation), stopped, code)
 
@@ -265,8 +300,26 @@ def show_dataset(plan: RunPlan, *, is_main: bool) -> None:
     logger.info("--debug_dataset: stopped before training")
 
 
+def show_levels(setting: Setting) -> None:
+    """Say, and draw if asked for, what noise levels would be trained and how much each would count."""
+    plan, view = setting.plan, setting.plan.options[TimestepViewOptions]
+    width, height = view.resolution or plan.images.train[0].plan.resolution
+    factor = setting.family.latent.spatial_factor
+    process = setting.strategies.denoising.process
+    latent_size = height // factor, width // factor
+    preview = preview_levels(process, latent_size, offset=view.show_timesteps_offset, seed=plan.seed)
+    for line in preview_lines(preview):
+        logger.info("%s", line)
+    if view.show_timesteps == "image":
+        path = plan.names.beside("_timesteps.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_preview(path, preview, f"{setting.family.title}, {width}x{height}")
+        logger.info("drawn in %s", path)
+    logger.info("--show_timesteps: stopped before training")
+
+
 def finish(session: Session, saved: tuple[Path, ...], stopped: str = "") -> None:
-    """Close files and say what there is now, and what ended the run if it was not its last step."""
+    """Close the record and say what there is now, and what ended the run if it was not its last step."""
     if session.recorder is not None:
         session.recorder.close()
     progress = session.progress
@@ -275,8 +328,6 @@ def finish(session: Session, saved: tuple[Path, ...], stopped: str = "") -> None
     elif session.processes.is_main:
         usage = "load it as a LoRA in your image program, or go on with --network_weights " + str(saved[-1])
         logger.info("%s", progress.summary(session.plan.names, saved, usage))
-    progress.events.write("end", step=session.state.step, epoch=session.state.epoch, saved=[str(p) for p in saved])
-    progress.events.close()
 
 
 def make_plan(
@@ -289,7 +340,10 @@ def make_plan(
     dtype, vae_dtype = weight_dtypes(options)
     num_batches = sum(images.ordered().num_batches() for images in inspected.images.train)
     per_epoch, steps, epochs = training_length(length, num_batches, accumulation * world_size)
-    build_schedule(options[ScheduleOptions], steps)  # says what cannot be before anything loads
+    # these say what cannot be before anything loads
+    build_schedule(options[ScheduleOptions], steps, options[OptimizerOptions])
+    if options[OptimizerOptions].fused_backward_pass:
+        check_fused(world_size, half=dtype == torch.float16)
     saving = options[SavingOptions]
     cache_latents = wants_latent_cache(options)
     facts: dict[str, Any] = {
@@ -339,6 +393,52 @@ def set_backend_flags(options: PrecisionOptions) -> None:
         torch.backends.cudnn.benchmark = True
 
 
+def _say_what_others_see(options: OptionSet) -> None:
+    """What wandb tells others of the command line."""
+    warnings, remarks = privacy_notes(options)
+    for text in warnings:
+        logger.warning("%s", text)
+    for text in remarks:
+        logger.info("%s", text)
+
+
+def _shared_repository(options: HubOptions, processes: Processes) -> Repository | None:
+    """The repository of uploads, opened by the main process; None on others, and when nothing is uploaded.
+
+    Raises:
+        UserError: on every process, what the main one found.
+    """
+    if not options.huggingface_repo_id:
+        return None
+    repository, problems = None, []
+    if processes.is_main:
+        try:
+            repository = open_repository(options)
+        except UserError as error:
+            problems = error.problems
+    raise_problems(broadcast_object_list([problems])[0])
+    return repository
+
+
+def _make_uploader(setting: Setting, repository: Repository | None, events: EventLog) -> Uploader | None:
+    """With several processes uploads never stand in the way: the others would wait for the main one."""
+    if repository is None:
+        return None
+    return Uploader(
+        repository,
+        setting.plan.names.folder / f".{setting.plan.names.base or 'last'}.uploads.{os.getpid()}.tmp",
+        background=setting.plan.options[HubOptions].async_upload or setting.processes.world_size > 1,
+        tell=events.write,
+    )
+
+
+def _start_trackers(setting: Setting, start: Start, log_folder: str | None) -> Trackers:
+    """Those of the options, before anything loads."""
+    options = setting.plan.options
+    name = options[TrackingOptions].log_tracker_name or setting.family.tracker_name(setting.task_name, options)
+    return start_trackers(setting.processes.accelerator, options, name, log_folder, start.state.step)
+
+
 def _log_folder(options: TrackingOptions) -> str | None:
     if not options.logging_dir:
         return None
@@ -365,11 +465,6 @@ def _start_facts(start: Start) -> Mapping[str, str]:
 def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Processes) -> Mapping[str, Any]:
     """Lines of the plan that come from options alone."""
     network, optimizer = options[NetworkOptions], options[OptimizerOptions]
-    rates = {
-        "learning rate": optimizer.learning_rate,
-        "unet_lr": network.unet_lr,
-        "text_encoder_lr": network.text_encoder_lr,
-    }
     caches = [
         f"{name} {'on disk' if disk else 'in memory'}"
         for name, on, disk in (
@@ -384,15 +479,45 @@ def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Process
         "family": family.title,
         "network": f"{network.network_module or family.default_network}, dim {network.network_dim}, "
         f"alpha {network.network_alpha:g}, on {trained}",
-        "optimizer": optimizer.optimizer_type or "AdamW",
-        "rates": ", ".join(f"{name} {value}" for name, value in rates.items() if value not in (None, [])),
-        "schedule": f"{options[ScheduleOptions].lr_scheduler}, warm-up {options[ScheduleOptions].lr_warmup_steps}",
+        "optimizer": optimizer.shown_name + (", fused with the backward pass" if optimizer.fused_backward_pass else ""),
+        **_rate_facts(options, plan.max_steps),
         "caches": ", ".join(caches) or "none",
         "checkpointing": "on" if options[MemoryOptions].gradient_checkpointing else "off",
         "memory": _memory_estimate(plan, free),
         "device": f"{processes.device}" + (f", {readable(free)} free" if free else ""),
         "results": str(plan.names.final()),
+        **_upload_facts(options[HubOptions]),
     }
+
+
+def _upload_facts(options: HubOptions) -> dict[str, str]:
+    """Where copies go."""
+    if not options.huggingface_repo_id:
+        return {}
+    folder = f", folder {options.huggingface_path_in_repo}" if options.huggingface_path_in_repo else ""
+    when = "while training goes on" if options.async_upload else "after each save"
+    return {"uploads": f"{options.repo_type} {options.huggingface_repo_id}{folder}, {when}"}
+
+
+def _rate_facts(options: OptionSet, steps: int) -> dict[str, str]:
+    """Schedule, and the learning rates it leads to; networks may scale those of single layers."""
+    network, optimizer, given = options[NetworkOptions], options[OptimizerOptions], options[ScheduleOptions]
+    schedule = build_schedule(given, steps, optimizer)
+    rate = optimizer.learning_rate
+    rates: dict[str, float] = {}
+    if not network.network_train_text_encoder_only:
+        rates["denoiser"] = rate if network.unet_lr is None else network.unet_lr
+    if not network.network_train_unet_only:
+        of_text = network.text_encoder_lr or [rate]
+        several = len(of_text) > 1
+        rates |= {f"text encoder {n}" if several else "text encoders": one for n, one in enumerate(of_text, 1)}
+    courses = rate_courses(schedule, optimizer, rates, steps)
+    if isinstance(schedule, Schedule):
+        name = f"{schedule.name}, warm-up {schedule.warmup}"
+    else:
+        name = schedule.name
+    of = {part: "learning rate" if part == "all parts" else f"learning rate of {part}" for part, _ in courses}
+    return {"schedule": name, **{of[part]: text for part, text in courses}}
 
 
 def _memory_estimate(plan: RunPlan, free: int | None) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from library.checkpoint.hub import Uploader
 from library.family import Family
 from library.strategy_base import Strategies
 from library.training.caches import CacheSetting
@@ -21,13 +22,14 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every building step looks at."""
+    """What every building step looks at; `uploader` is told of everything that is saved."""
 
     family: Family
     task_name: str
     plan: RunPlan
     inspected: Inspected
     processes: Processes
+    uploader: Uploader | None = None
 
     @property
     def strategies(self) -> Strategies:

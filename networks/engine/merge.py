@@ -49,7 +49,8 @@ def add_to_weight(
         UserError: the layer is quantized.
     """
     weight = layer.weight
-    if not weight.dtype.is_floating_point or weight.itemsize == 1 or weight.numel() != change.numel() or type(layer).__name__.endswith("4bit"):
+    quantized = not weight.dtype.is_floating_point or weight.itemsize == 1
+    if quantized or weight.numel() != change.numel() or type(layer).__name__.endswith("4bit"):
         raise UserError(
             name, message=f"cannot merge into a quantized layer ({type(layer).__name__}); merge before quantizing"
         )

@@ -10,9 +10,21 @@ import pytest
 from library import config_util
 from library.config_util import read_config, resolve_datasets
 from library.families import FAMILIES
+from library.optim.registry import OPTIMIZERS
 from library.options import pending
-from library.train_util import _cache_command_line, cache_parser, find_problems, load_family, make_parser, parse_options
+from library.options.conflicts import CONFLICTS
+from library.options.schedule import READS, SCHEDULE_FLAGS
+from library.train_util import (
+    _cache_command_line,
+    cache_parser,
+    find_problems,
+    load_family,
+    make_options,
+    make_parser,
+    parse_options,
+)
 from tools import compare_steps, dataset_report
+from tools.dev import options_page
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/golden/README.md")
@@ -127,8 +139,9 @@ def flags_of_section(title):
 
 def test_flags_without_effect_are_listed():
     silent = {name for reasons in pending.NO_EFFECT.values() for name in reasons}
-    silent |= {*pending._SCHEDULE_FLAGS, "use_8bit_adam"}
-    assert flags_of_section("Flags without effect") - {"ae", "weighting_scheme", "optimizer_type"} == silent
+    silent |= {*SCHEDULE_FLAGS, "use_8bit_adam"}
+    named = {"ae", "weighting_scheme", "optimizer_type", "lr_scheduler"}
+    assert flags_of_section("Flags without effect") - named == silent
 
 
 def test_what_is_not_there_yet_is_listed():
@@ -136,11 +149,19 @@ def test_what_is_not_there_yet_is_listed():
     assert flags_of_section("Not there yet") - {"compile"} == refused
 
 
+def test_every_optimizer_and_schedule_is_described():
+    text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    shown = {word for cell in re.findall(r"^\| (`.*?) \|", text, re.M) for word in re.findall(r"`([\w:.]+)`", cell)}
+    assert {entry.name for entry in OPTIMIZERS.values()} | set(READS) <= shown | {"adafactor"}
+
+
 def test_flags_in_the_documentation_exist():
     known = set()
     for family in FAMILIES:
         for task in load_family(family).tasks:
             known |= {flag for action in make_parser(family, task)._actions for flag in action.option_strings}
+        for preset in load_family(family).presets:
+            known |= {flag for action in make_parser(family, "full", preset)._actions for flag in action.option_strings}
     known |= {flag for action in cache_parser()._actions for flag in action.option_strings}
     known |= {
         f"--{name}"
@@ -149,3 +170,23 @@ def test_flags_in_the_documentation_exist():
     for page in PAGES:
         for flag in re.findall(r"`(--\w+)", page.read_text(encoding="utf-8")):
             assert flag in known, f"{page.name}: {flag}"
+
+
+def test_the_page_of_options_is_what_the_options_say():
+    assert options_page.PAGE.read_text(encoding="utf-8") == options_page.page(), "run tools/dev/options_page.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "text"), CONFLICTS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_options_that_exclude_each_other_do(name, beside, text):
+    """What the page says of an option is what the checks find."""
+    files = {"pretrained_model_name_or_path": "m", "dataset_config": None, "train_data_dir": "d", "resolution": "64"}
+    base = {**files, "output_dir": "o"}
+    value = {"adaptive_noise_scale": 0.1, "v_pred_like_loss": 0.1, "face_crop_aug_range": "1,2", "token_warmup_step": 5}
+    value |= {"sample_every_n_steps": 2, "sample_every_n_epochs": 2}
+    given = {name: value.get(name, True), **beside}
+    found = find_problems("sd", "network", make_options("sd", "network", {**base, **given}))
+    named = {f"--{name}", *(f"--{other}" for other in beside), "--sample_prompts"}
+    assert [problem for problem in found if problem.where in named], text
+    assert find_problems("sd", "network", make_options("sd", "network", base)) == []

@@ -85,7 +85,7 @@ def test_the_best_result_is_kept(run):
 
 
 EVERYTHING = (
-    *("--ema_decay", "0.9", "--ema_samples", "both", "--optimizer_type", "AdamW"),
+    *("--ema_decay", "0.9", "--ema_samples", "both", "--optimizer_type", "AdamWScheduleFree"),
     *("--gradient_accumulation_steps", "2", "--max_data_loader_n_workers", "2", "--network_dropout", "0.1"),
     *("--validate_every_n_steps", "2", "--save_best", "--sample_every_n_steps", "2", "--save_every_n_steps", "2"),
     *("--noise_offset", "0.1", "--multires_noise_iterations", "3", "--num_timestep_buckets", "5", "--save_state"),

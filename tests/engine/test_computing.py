@@ -100,3 +100,35 @@ def test_compiling_the_whole_model(run):
     assert compiled[0] == pytest.approx(plain[0], rel=1e-5)
     with pytest.raises(UserError, match="--dynamo_backend.*no such backend"):
         run("unknown", "--torch_compile", "--dynamo_backend", "nvprims_nvfuser")
+
+
+@pytest.mark.parametrize("kind", ["stochastic", "kahan"])
+def test_small_changes_of_half_precision_weights(run, kind):
+    """At a small rate weights rounded to nearest hardly move; with either remedy they go as far as in float32."""
+    rate, none = ("--learning_rate", "1e-4", "--max_train_steps", "24"), ("--learning_rate", "1e-30")
+    begin = run("begin", *BF16, *none)[1]
+    start = run("start", *BF16, "--full_bf16", *none)[1]
+    exact = run("exact", *BF16, *rate)[1]
+    nearest = run("nearest", *BF16, "--full_bf16", *rate)[1]
+    remedy = run("remedy", *BF16, "--full_bf16", "--bf16_update", kind, *rate)[1]
+    names = [name for name in exact if "lora_down" in name]
+
+    def progress(found):
+        """Share of float32's way that was gone."""
+        ways = [(found[name].float() - start[name].float(), exact[name] - begin[name]) for name in names]
+        return sum(float((a * b).sum()) for a, b in ways) / sum(float(b.square().sum()) for _, b in ways)
+
+    assert abs(1 - progress(remedy)) < 0.2 < abs(1 - progress(nearest))
+
+
+def test_half_precision_updates_resume_exactly(inputs, tmp_path):
+    more = (*BF16, "--full_bf16", "--bf16_update", "kahan", "--save_state", "--save_every_n_steps", "2")
+    results = {}
+    for name, steps in (("straight", ("4",)), ("stopped", ("2", "4"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        arguments = network_arguments("flux", inputs, folder, dataset_toml(folder, inputs), *more)
+        for number, length in enumerate(steps):
+            run_training("flux", [*arguments, "--max_train_steps", length, *(["--resume", "auto"] if number else [])])
+        results[name] = load_file(folder / "out" / "last.safetensors")
+    assert all(torch.equal(value, results["stopped"][name]) for name, value in results["straight"].items())

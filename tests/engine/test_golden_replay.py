@@ -112,3 +112,15 @@ def test_replay_refuses_other_shapes(inputs, tmp_path):
     toml.write_text(toml.read_text().replace("resolution = 128", "resolution = 192"))
     with pytest.raises(UserError, match="recorded latents are"):
         run_training("sd", arguments)
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux_lora_b1", "sd15_lora_b2_cache_disk"])
+def test_compiled_blocks_give_the_recorded_losses(name, inputs, tmp_path):
+    """With the real compiler; its first time takes minutes for the many shapes of a U-Net."""
+    case = Case(name)
+    script, arguments = case.script_and_arguments(inputs, tmp_path)
+    arguments[arguments.index("--max_train_steps") + 1] = "4"
+    outcome = run_training(FAMILY_OF[script], [*arguments, "--compile"])
+    assert list(outcome.losses) == pytest.approx([line["loss"] for line in case.lines()[:4]], rel=1e-4)

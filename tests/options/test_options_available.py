@@ -165,21 +165,6 @@ def test_pending_flags_all_exist():
     assert not set(PENDING_FLAGS) & set(AVAILABLE_VALUES)
 
 
-@pytest.mark.parametrize(
-    ("name", "good", "bad"),
-    [
-        ("optimizer_type", ["AdamW", "adamw8bit", "AdaFactor"], "Prodigy"),
-        ("lr_scheduler", ["constant_with_warmup", "cosine", "linear"], "polynomial"),
-        ("log_with", ["tensorboard"], "wandb"),
-    ],
-)
-def test_values_that_are_not_there_yet(name, good, bad):
-    for value in good:
-        assert _texts("sd", {**SD, "logging_dir": "logs", name: value}) == []
-    (text,) = _texts("sd", {**SD, "logging_dir": "logs", name: bad})
-    assert text.startswith(f"--{name} = {bad!r}: not available in this version yet (available: ")
-
-
 def test_chroma_is_not_there_yet():
     (text,) = _texts("flux", {**FLUX, "model_type": "chroma", "apply_t5_attn_mask": True})
     assert text.startswith("--model_type = 'chroma': not available in this version yet")

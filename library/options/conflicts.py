@@ -1,0 +1,33 @@
+"""Which options exclude or need each other: for the documentation; each line is checked against the real checks."""
+
+# (option, what it is combined with as given on a command line, what to say)
+CONFLICTS: tuple[tuple[str, dict[str, object], str], ...] = (
+    ("xformers", {"mem_eff_attn": True}, "not with `--mem_eff_attn`, `--sdpa`"),
+    ("mem_eff_attn", {"sdpa": True}, "not with `--xformers`, `--sdpa`"),
+    ("sdpa", {"xformers": True}, "not with `--xformers`, `--mem_eff_attn`"),
+    ("compile", {"torch_compile": True}, "not with `--torch_compile`"),
+    ("torch_compile", {"compile": True}, "not with `--compile`"),
+    ("use_8bit_adam", {"use_lion_optimizer": True}, "not with another optimizer"),
+    ("use_lion_optimizer", {"optimizer_type": "AdamW"}, "not with another optimizer"),
+    ("full_fp16", {}, "needs `--mixed_precision fp16`"),
+    ("full_bf16", {}, "needs `--mixed_precision bf16`"),
+    ("fp8_base", {}, "needs `--mixed_precision fp16` or `bf16`"),
+    ("fp8_base_unet", {}, "needs `--mixed_precision fp16` or `bf16`"),
+    ("cpu_offload_checkpointing", {}, "needs `--gradient_checkpointing`; not with `--blocks_to_swap`"),
+    ("unsloth_offload_checkpointing", {}, "needs `--gradient_checkpointing`; not with `--blocks_to_swap`"),
+    ("fused_backward_pass", {}, "needs `--optimizer_type Adafactor`; not with accumulation"),
+    ("adaptive_noise_scale", {}, "needs `--noise_offset`"),
+    ("scale_v_pred_loss_like_noise_pred", {}, "needs `--v_parameterization`"),
+    ("v_pred_like_loss", {"v_parameterization": True}, "not with `--v_parameterization`"),
+    ("color_aug", {"cache_latents": True}, "not with cached latents"),
+    ("random_crop", {"cache_latents": True}, "not with cached latents"),
+    ("face_crop_aug_range", {"cache_latents": True}, "not with cached latents"),
+    ("shuffle_caption", {"cache_text_encoder_outputs": True}, "with cached text needs `--cache_caption_variants`"),
+    ("token_warmup_step", {"cache_text_encoder_outputs": True}, "not with cached text"),
+    ("weighted_captions", {"cache_text_encoder_outputs": True}, "not with cached text"),
+    ("validate_at_first", {}, "needs a validation split"),
+    ("save_best", {}, "needs a validation split"),
+    ("sample_at_first", {}, "needs `--sample_prompts`"),
+    ("sample_every_n_steps", {}, "needs `--sample_prompts`"),
+    ("sample_every_n_epochs", {}, "needs `--sample_prompts`"),
+)
