@@ -486,16 +486,16 @@ def _facts(family: Family, options: OptionSet, plan: RunPlan, processes: Process
         "memory": _memory_estimate(plan, free),
         "device": f"{processes.device}" + (f", {readable(free)} free" if free else ""),
         "results": str(plan.names.final()),
-        **_upload_facts(options[HubOptions]),
+        **_upload_facts(options[HubOptions], processes.world_size),
     }
 
 
-def _upload_facts(options: HubOptions) -> dict[str, str]:
+def _upload_facts(options: HubOptions, world_size: int) -> dict[str, str]:
     """Where copies go."""
     if not options.huggingface_repo_id:
         return {}
     folder = f", folder {options.huggingface_path_in_repo}" if options.huggingface_path_in_repo else ""
-    when = "while training goes on" if options.async_upload else "after each save"
+    when = "while training goes on" if options.async_upload or world_size > 1 else "after each save"
     return {"uploads": f"{options.repo_type} {options.huggingface_repo_id}{folder}, {when}"}
 
 
