@@ -15,7 +15,7 @@ class MemoryOptions:
     gradient_checkpointing: bool = option(False, help="compute activations again in the backward pass")
     cpu_offload_checkpointing: bool = option(False, help="move checkpointed activations to main memory")
     unsloth_offload_checkpointing: bool = option(False, help="move checkpointed activations while computing goes on")
-    blocks_to_swap: int | None = option(None, help="number of blocks of the model kept in main memory")
+    blocks_to_swap: int | None = option(None, help="keep the weights of this many frozen blocks in main memory")
     highvram: bool = option(False, help="do not free device memory between parts of the work")
 
     def problems(self) -> Iterator[Problem]:

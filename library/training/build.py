@@ -18,6 +18,7 @@ from library.modules.checkpointing import checkpointed
 from library.modules.compiling import compile_blocks
 from library.modules.components import Components, Need
 from library.modules.quantize import prepare_fp8
+from library.modules.swapping import BlockSwapper
 from library.optim.driver import OptimizerDriver
 from library.optim.registry import build_optimizer
 from library.optim.rounding import WideUpdates
@@ -67,6 +68,8 @@ from library.training.setting import Setting, Start
 from library.training.state import TrainState
 from library.training.tasks.network import NetworkTask
 from library.training.weights import TrainedWeights
+
+_SPLIT_MODE = 18  # blocks that an old flag stands for
 
 
 def needed(setting: Setting, caches: DiskCaches | None, *, replayed: bool) -> Need:
@@ -185,6 +188,12 @@ def bring_denoiser(setting: Setting, components: Components) -> None:
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
     assert components.denoiser is not None
+    blocks = setting.strategies.denoising.blocks(components.denoiser)
+    swapped = setting.plan.options[MemoryOptions].blocks_to_swap
+    if swapped is None and setting.plan.options.values().get("split_mode"):
+        swapped = min(_SPLIT_MODE, len(blocks))
+    if swapped:  # the last wrapper: what waits in main memory leaves only empty tensors to be moved
+        BlockSwapper(blocks, swapped, setting.device)
     components.denoiser.to(setting.device)
 
 
@@ -238,8 +247,8 @@ def build_session(
     if not options.network_train_unet_only:
         trained = setting.strategies.text_encoding.trained_encoders(components.text_encoders, task.adapter.network)
     conditioning = make_conditioning(setting, components, trained, autocast, readable)
-    bring_denoiser(setting, components)
     wrap_blocks(setting, components, trained)
+    bring_denoiser(setting, components)
     optimizer = make_optimizer(setting, task)
     # the schedule spans --max_train_steps; a replay ends where its record does
     state = start.state

@@ -132,3 +132,24 @@ def test_half_precision_updates_resume_exactly(inputs, tmp_path):
             run_training("flux", [*arguments, "--max_train_steps", length, *(["--resume", "auto"] if number else [])])
         results[name] = load_file(folder / "out" / "last.safetensors")
     assert all(torch.equal(value, results["stopped"][name]) for name, value in results["straight"].items())
+
+
+@pytest.mark.parametrize("more", [(), ("--gradient_checkpointing",)], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_blocks_change_nothing(run, family, more):
+    plain = run("plain", *more, family=family)
+    swapped = run("swapped", *more, "--blocks_to_swap", "3", family=family)
+    assert plain[0] == swapped[0]
+    assert all(torch.equal(value, swapped[1][name]) for name, value in plain[1].items())
+
+
+def test_the_old_flag_of_swapping_and_too_many_blocks(run, monkeypatch):
+    counts = []
+    original = build.BlockSwapper
+    monkeypatch.setattr(
+        build, "BlockSwapper", lambda blocks, *given: counts.append(given[0]) or original(blocks, *given)
+    )
+    run("old", "--split_mode")
+    assert counts == [4]  # eighteen in the real model, all of the tiny one
+    with pytest.raises(UserError, match="--blocks_to_swap = 99"):
+        run("many", "--blocks_to_swap", "99")

@@ -139,7 +139,7 @@ def _changed(option):
 def test_pending_flags_are_errors(family, name):
     option = _network_options(family).get(name)
     if option is None:
-        assert name in {"train_inpainting", "split_mode"} or name.startswith("show_timesteps")
+        assert name == "train_inpainting"
         return
     texts = _texts(family, {**COMPLETE[family], name: _changed(option)})
     if name in no_effect_reasons(family):

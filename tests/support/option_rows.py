@@ -288,6 +288,8 @@ ELSEWHERE: dict[str, str] = {
     "cpu_offload_checkpointing": "tests/engine/test_computing.py::test_offloaded_activations_change_nothing",
     "unsloth_offload_checkpointing": "tests/engine/test_computing.py::test_offloaded_activations_change_nothing",
     "mem_eff_attn": "tests/engine/test_computing.py::test_attention_in_small_pieces_is_the_same_attention",
+    "blocks_to_swap": "tests/engine/test_computing.py::test_swapped_blocks_change_nothing",
+    "split_mode": "tests/engine/test_computing.py::test_the_old_flag_of_swapping_and_too_many_blocks",
     "cuda_allow_tf32": "tests/engine/test_every_option.py::test_flags_of_the_back_end",
     "cuda_cudnn_benchmark": "tests/engine/test_every_option.py::test_flags_of_the_back_end",
     "ema_device": "tests/engine/test_averages.py::test_an_average_lies_beside_every_result_and_follows_the_formula",
