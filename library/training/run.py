@@ -522,11 +522,18 @@ def _rate_facts(options: OptionSet, steps: int) -> dict[str, str]:
 
 def _memory_estimate(plan: RunPlan, free: int | None) -> str:
     """Bytes of the weights from the files' headers; adapters, activations and the optimizer come on top."""
-    parts = {name: count * plan.dtype.itemsize for name, count in plan.variant.num_parameters.items()}
+    precision = plan.options[PrecisionOptions]
+    counts = dict(plan.variant.num_parameters)
+    small = list(counts)[:1] if precision.fp8_base or precision.fp8_base_unet else []  # the denoiser comes first
+    if precision.fp8_base and not precision.fp8_base_unet:
+        small = [name for name in counts if name != "VAE"]
+    parts = {name: count * (1 if name in small else plan.dtype.itemsize) for name, count in counts.items()}
     total = sum(parts.values())
     detail = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
-    short = ", MORE THAN IS FREE" if free is not None and max(parts.values(), default=0) > free else ""
-    return f"weights {readable(total)} ({detail}){short}; activations and the adapter come on top"
+    waiting = plan.options[MemoryOptions].blocks_to_swap
+    kept = f", {waiting} blocks of the denoiser wait in main memory" if waiting else ""
+    short = ", MORE THAN IS FREE" if not waiting and free is not None and max(parts.values(), default=0) > free else ""
+    return f"weights {readable(total)} ({detail}){kept}{short}; activations and the adapter come on top"
 
 
 def _memory_line(session: Session, processes: Processes) -> str:
