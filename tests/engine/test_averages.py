@@ -1,10 +1,14 @@
 """Averaged weights and the best result: what a run with them leaves behind."""
 
+import os
+import signal
+
 import pytest
 import torch
 from support.runs import dataset_toml, events, network_arguments, run_training
 
 from library.base.safetensors_io import load_file, read_header
+from library.training.state import TrainState
 
 SPLIT = "validation_split = 0.3\nvalidation_seed = 5"
 
@@ -93,17 +97,27 @@ EVERYTHING = (
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-def test_a_run_with_everything_resumed_equals_one_that_was_never_stopped(run, tmp_path, family):
-    """Stopped in the middle of an epoch, after a save and before the next."""
+def test_a_run_with_everything_resumed_equals_one_that_was_never_stopped(run, tmp_path, family, monkeypatch):
+    """Stopped by a signal in the middle of an epoch, between two saves."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2 --d 1\n")
     data = {"dataset": SPLIT, "batch_size": 2, "subset": "flip_aug = true\nshuffle_caption = true\n"}
     more = (*EVERYTHING, "--sample_prompts", str(prompts), "--max_train_steps", "8")
     straight, straight_out = run("straight", *more, family=family, **data)
-    run("stopped", *more, "--max_train_steps", "4", family=family, **data)
+    advance = TrainState.advance
+
+    def signalled(state, window):
+        advance(state, window)
+        if state.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainState, "advance", signalled)
+        stopped, _ = run("stopped", *more, family=family, **data)
+    assert stopped.state.step == 5 and stopped.exit_code == 128 + signal.SIGTERM
     resumed, out = run("stopped", *more, "--resume", "auto", family=family, **data)
     assert resumed.state.step == 8
-    assert list(straight.losses)[4:] == list(resumed.losses)[-4:]
+    assert list(straight.losses)[5:] == list(resumed.losses)[-3:]
     assert straight.validation[-2:] == resumed.validation[-2:]
     for name in ("last", "last-ema", "last-best", "last-step00000006", "last-step00000006-ema"):
         theirs, ours = (load_file(place / f"{name}.safetensors") for place in (straight_out, out))
