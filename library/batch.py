@@ -115,6 +115,7 @@ class StepInputs:
         target: what the prediction is compared with [B, C, H, W] float32.
         weight: loss weight of the noise level [B], or None.
         module_seed: seed of the draws inside modules.
+        extra: further channels that the model sees beside the noisy latents [B, E, H, W] float32, or None.
     """
 
     batch: TrainBatch
@@ -126,8 +127,9 @@ class StepInputs:
     target: Tensor
     weight: Tensor | None
     module_seed: int
+    extra: Tensor | None = None
 
     def to(self, device: torch.device) -> "StepInputs":
         """The same with every tensor the model needs on `device`."""
-        names = ("latents", "noise", "noisy", "timesteps", "sigmas", "target", "weight")
+        names = ("latents", "noise", "noisy", "timesteps", "sigmas", "target", "weight", "extra")
         return replace(self, **{name: _moved(getattr(self, name), device) for name in names})

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from library.base.errors import Problem
 from library.family import Family, LatentSpec, Ref
 from library.options.attention import DiffusersAttentionOptions
+from library.options.caching import CachingOptions
 from library.options.checks import text_caching_problems
 from library.options.full import DreamBoothOptions, TextEncoderTrainingOptions
 from library.options.model import InpaintingOptions
@@ -18,6 +19,13 @@ def check(options: OptionSet, task: str) -> Iterator[Problem]:
     network = options.get(NetworkOptions)
     trains_text_encoder = task == "network" and network is not None and not network.network_train_unet_only
     yield from text_caching_problems(options, trains_cached_encoders=trains_text_encoder)
+    inpainting, caching = options.get(InpaintingOptions), options.get(CachingOptions)
+    if inpainting is None or caching is None or not inpainting.train_inpainting:
+        return
+    if caching.cache_latents or caching.cache_latents_to_disk:
+        yield Problem(
+            "--train_inpainting", "cannot be combined with cached latents: other parts are kept in every step"
+        )
 
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from library.base.errors import CheckpointError
@@ -22,6 +23,7 @@ _VAE = "first_stage_model."
 _TEXT = "cond_stage_model.transformer."
 _TEXT_V2 = "cond_stage_model.model."
 _V2_BASE = "stable-diffusion-v2-512"
+INPAINTING_CHANNELS = 9  # noisy latents 4, mask 1, latents of what is kept 4
 
 
 def open_checkpoint(path: str) -> TensorFile:
@@ -55,6 +57,10 @@ def detect_variant(file: TensorFile, *, velocity: bool) -> Variant:
     return Variant(name=name, base_model_version=f"sd_{name}" + ("_v" if velocity else ""), config=config)
 
 
+def _inpaints(options: OptionSet) -> bool:
+    return bool(options.values().get("train_inpainting"))
+
+
 def _is_v2(file: TensorFile) -> bool:
     return any(name.startswith(_TEXT_V2) for name in file.names)
 
@@ -74,8 +80,10 @@ def _unet_shapes(file: TensorFile) -> KnownShapes:
     return KnownShapes({ours: file.shapes[theirs] for ours, theirs in _unet_tensors(file).items()}, file.path)
 
 
-def load_unet(file: TensorFile, need: Need) -> Any:
+def load_unet(file: TensorFile, need: Need, *, inpainting: bool = False) -> Any:
     """diffusers' UNet2DConditionModel with the checkpoint's weights.
+
+    With `inpainting` it takes nine channels; those that the file does not have begin at zero.
 
     The projections around the attention of version 2.x are matrices in the file; here they are 1x1 convolutions as in
     1.x, which is the same arithmetic and gives adapters the shapes that other programs write.
@@ -88,9 +96,12 @@ def load_unet(file: TensorFile, need: Need) -> Any:
         fixed=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"),
     )
     config["use_linear_projection"] = False
+    if inpainting:
+        config["in_channels"] = INPAINTING_CHANNELS
+    reading = partial(_read_unet_tensor, file, in_channels=config["in_channels"])
     return load_module(
         lambda: UNet2DConditionModel(**config),
-        {ours: partial(_read_unet_tensor, file, ours, theirs) for ours, theirs in _unet_tensors(file).items()},
+        {ours: partial(reading, ours, theirs) for ours, theirs in _unet_tensors(file).items()},
         path=file.path,
         part="U-Net",
         dtype=need.dtype,
@@ -99,8 +110,11 @@ def load_unet(file: TensorFile, need: Need) -> Any:
     )
 
 
-def _read_unet_tensor(file: TensorFile, ours: str, theirs: str) -> Tensor:
+def _read_unet_tensor(file: TensorFile, ours: str, theirs: str, *, in_channels: int) -> Tensor:
     tensor = file.tensor(theirs)
+    if ours == "conv_in.weight" and tensor.shape[1] < in_channels:
+        missing = tensor.new_zeros(tensor.shape[0], in_channels - tensor.shape[1], *tensor.shape[2:])
+        return torch.cat((tensor, missing), dim=1)
     projects = ours.endswith((".proj_in.weight", ".proj_out.weight"))
     return tensor[:, :, None, None] if projects and tensor.ndim == 2 else tensor
 
@@ -115,6 +129,8 @@ def inspect(options: OptionSet) -> Variant:
     if options.value("v2") and not _is_v2(file):
         message = f"--v2 was given, but this is a Stable Diffusion 1.x checkpoint (its text encoder lies below {_TEXT})"
         raise CheckpointError(str(file.path), message=message + "; leave --v2 out")
+    if _unet_shapes(file)["conv_in.weight"][1] == INPAINTING_CHANNELS and not _inpaints(options):
+        raise CheckpointError(str(file.path), message="is an inpainting model (9 channels); add --train_inpainting")
     own = options.value("vae")
     mark = "encoder.conv_in.weight"
     if own and not any(name.endswith(mark) for name in open_model_file("--vae", own).names):
@@ -149,7 +165,7 @@ def load_components(options: OptionSet, need: Need) -> Components:
         vae = load_vae(vae_file, prefix, dtype=need.vae_dtype, device=need.device)
     encoder = _load_text_encoder(file, need) if need.text_encoders else None
     return Components(
-        denoiser=(unet := load_unet(file, need) if need.denoiser else None),
+        denoiser=(unet := load_unet(file, need, inpainting=_inpaints(options)) if need.denoiser else None),
         vae=vae,
         text_encoders=[encoder],
         variant=detect_variant(file, velocity=options.value("v_parameterization")),

@@ -5,15 +5,16 @@ and can be sent to worker processes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from library.batch import Conditioning, StepInputs
+from library.batch import Conditioning, StepInputs, TrainBatch
 from library.diffusion.process import NoiseProcess
 from library.sampling.prompts import SampleDefaults, SampleRequest
+from library.sampling.samplers import Tick, no_tick
 
 
 class TokenizeStrategy(ABC):
@@ -112,6 +113,18 @@ class DenoisingStrategy(ABC):
     def scale_latents(self, latents: Tensor) -> Tensor:
         """Cached latents -> what noise is added to."""
 
+    def extra_inputs(
+        self, batch: TrainBatch, generators: Sequence[torch.Generator], latents_of: Callable[[TrainBatch], Tensor]
+    ) -> Tensor | None:
+        """Channels that the model sees beside the noisy latents [B, E, H, W]; None for most models.
+
+        Args:
+            batch: what was read.
+            generators: one per image.
+            latents_of: scaled latents of a batch.
+        """
+        del batch, generators, latents_of
+
     @abstractmethod
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Model-space latents [B, C, H, W] -> images [B, 3, h, w] in [-1, 1]."""
@@ -129,8 +142,9 @@ class DenoisingStrategy(ABC):
         negative: Conditioning | None,
         noise: Tensor,
         generator: torch.Generator,
+        tick: Tick = no_tick,
     ) -> Tensor:
-        """Denoise unit noise [1, C, H, W]; `negative` is None without classifier-free guidance."""
+        """Denoise unit noise [1, C, H, W]; `negative` is None without classifier-free guidance, `tick` is told of steps."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,25 @@
 """How Stable Diffusion 1.x and 2.x tokenize, encode, noise and predict."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from library.base.emphasis import weighted_parts
-from library.batch import Conditioning, StepInputs
+from library.batch import Conditioning, StepInputs, TrainBatch
 from library.diffusion.ddpm import Ddpm
 from library.diffusion.from_options import ddpm_process
+from library.diffusion.inpainting import draw_mask
 from library.modules import vae as autoencoder
 from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import make_scheduler, run_scheduler
+from library.sampling.samplers import Tick, make_scheduler, no_tick, run_scheduler, sampler_names
 from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
@@ -176,9 +178,16 @@ class SdDenoisingStrategy(DenoisingStrategy):
     sample_defaults = SampleDefaults(steps=30, scale=7.5)
     gradient_inputs = frozenset({"input_tensor", "hidden_states"})
 
-    def __init__(self, process: Ddpm, sampler: str = "ddim") -> None:
+    def __init__(self, process: Ddpm, sampler: str = "ddim", *, inpainting: bool = False) -> None:
         self.process = process
         self.sampler = sampler
+        self.sample_defaults = replace(
+            SdDenoisingStrategy.sample_defaults,
+            sampler=sampler,
+            samplers=sampler_names(zero_terminal=process.zero_terminal),
+            sampler_note="those that can follow --zero_terminal_snr" if process.zero_terminal else "",
+        )
+        self.inpainting = inpainting
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """Residual and transformer blocks, in the order of the forward pass."""
@@ -194,7 +203,20 @@ class SdDenoisingStrategy(DenoisingStrategy):
 
     def predict(self, denoiser: nn.Module, inputs: StepInputs, conditioning: Conditioning) -> Tensor:
         """The predicted noise or velocity."""
-        return _predict(denoiser, inputs.noisy, inputs.timesteps, conditioning)
+        seen = inputs.noisy if inputs.extra is None else torch.cat((inputs.noisy, inputs.extra), dim=1)
+        return _predict(denoiser, seen, inputs.timesteps, conditioning)
+
+    def extra_inputs(
+        self, batch: TrainBatch, generators: Sequence[torch.Generator], latents_of: Callable[[TrainBatch], Tensor]
+    ) -> Tensor | None:
+        """Inpainting models see the mask and the latents of what is kept: 1 + 4 channels."""
+        if not self.inpainting:
+            return None
+        assert batch.images is not None
+        size = batch.images.shape[-2], batch.images.shape[-1]
+        masks = torch.stack([draw_mask(generator, size) for generator in generators])[:, None]
+        kept = latents_of(replace(batch, images=batch.images * (1 - masks), latents=None))
+        return torch.cat((functional.interpolate(masks, size=kept.shape[-2:], mode="nearest"), kept), dim=1)
 
     def sample_latents(
         self,
@@ -204,10 +226,13 @@ class SdDenoisingStrategy(DenoisingStrategy):
         negative: Conditioning | None,
         noise: Tensor,
         generator: torch.Generator,
+        tick: Tick = no_tick,
     ) -> Tensor:
         """See the base class."""
 
         def predict(latents: Tensor, times: Tensor) -> Tensor:
+            if self.inpainting:  # everything is to be made, nothing is kept
+                latents = torch.cat((latents, torch.ones_like(latents[:, :1]), torch.zeros_like(latents)), dim=1)
             wanted = _predict(denoiser, latents, times, positive)
             unwanted = None if negative is None else _predict(denoiser, latents, times, negative)
             return guided(wanted, unwanted, request.scale).float()
@@ -217,7 +242,7 @@ class SdDenoisingStrategy(DenoisingStrategy):
             velocity=self.process.velocity,
             zero_terminal=self.process.zero_terminal,
         )
-        return run_scheduler(scheduler, predict, noise, request.steps, generator)
+        return run_scheduler(scheduler, predict, noise, request.steps, generator, tick)
 
 
 def _predict(denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
@@ -248,6 +273,10 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
         text_outputs_caching=TextEncoderOutputsCachingStrategy(
             SdConditioning, (options.value("max_token_length"), options.value("clip_skip"), variant.name), {}
         ),
-        denoising=SdDenoisingStrategy(ddpm_process(options), options.value("sample_sampler") or "ddim"),
+        denoising=SdDenoisingStrategy(
+            ddpm_process(options),
+            options.value("sample_sampler") or "ddim",
+            inpainting=bool(options.values().get("train_inpainting")),
+        ),
         conditioning=SdConditioning,
     )

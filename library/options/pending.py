@@ -19,7 +19,6 @@ def _same(feature: str, *names: str) -> dict[str, str]:
 # option name -> the feature behind it
 PENDING_FLAGS: dict[str, str] = {
     **_same("a dataset class of your own", "dataset_class"),
-    **_same("inpainting training", "train_inpainting"),
     **_same(
         "DeepSpeed",
         "deepspeed",

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from library.base.randomness import address
 from library.batch import StepInputs, TrainBatch
@@ -57,7 +58,7 @@ class StepAssembler:
             timestep: the same noise level for all (0..1000) instead of drawn ones.
         """
         process = self.denoising.process
-        latents = self.denoising.scale_latents(self.latents.get(batch)).cpu()
+        latents = self._scaled_latents(batch)
         size = latents.shape[-2], latents.shape[-1]
         generators = item_generators(self.seed, f"{purpose} noise", batch.items)
         noise = self.recipe.draw(generators, latents)
@@ -79,7 +80,13 @@ class StepAssembler:
             target=process.target(latents, noise, timesteps),
             weight=process.weight(timesteps, sigmas),
             module_seed=address(self.seed, "module", first.epoch, batch.ordinal),
+            extra=self.denoising.extra_inputs(
+                batch, item_generators(self.seed, f"{purpose} extra", batch.items), self._scaled_latents
+            ),
         ).to(self.device)
+
+    def _scaled_latents(self, batch: TrainBatch) -> Tensor:
+        return self.denoising.scale_latents(self.latents.get(batch)).cpu()
 
     def _level_draws(self, batch: TrainBatch, purpose: str) -> list[LevelDraw]:
         generators = item_generators(self.seed, f"{purpose} time", batch.items)

@@ -1,7 +1,7 @@
 """Record the inputs of every micro-step, and train on a record again.
 
 Layout of a record: `step_{n:06d}.safetensors` per micro-step with latents, noise, noisy, timesteps (and sigmas in flow
-families); one line per micro-step in `steps.jsonl`; `meta.json`.
+families; `extra` where the model sees further channels); one line per micro-step in `steps.jsonl`; `meta.json`.
 """
 
 import json
@@ -21,7 +21,7 @@ from library.data.dataset import TrainDataset, View
 from library.data.loader import Window
 from library.strategy_base import DenoisingStrategy
 
-_TENSORS = ("latents", "noise", "noisy", "timesteps", "sigmas")
+_TENSORS = ("latents", "noise", "noisy", "timesteps", "sigmas", "extra")
 FORMAT = 1
 
 
@@ -270,6 +270,7 @@ class Replay:
             target=process.target(latents, noise, timesteps),
             weight=process.weight(timesteps, sigmas),
             module_seed=address(self.seed, "module", 1, batch.ordinal),
+            extra=tensors.get("extra"),
         ).to(self.device)
 
 

@@ -235,6 +235,7 @@ ROWS: dict[str, Row] = {
     "sample_every_n_epochs": Row(
         "--sample_every_n_epochs 1", "files", "--sample_prompts {prompts} --max_train_epochs 1"
     ),
+    "train_inpainting": sd("--train_inpainting", "losses"),
     "sample_sampler": sd("--sample_sampler euler_a", "pictures", "--sample_prompts {prompts} --sample_at_first"),
     "logging_dir": Row("--logging_dir {logs}", "logs"),
     "log_with": Row("--log_with tensorboard", "stopped"),
