@@ -235,7 +235,6 @@ ROWS: dict[str, Row] = {
     "sample_every_n_epochs": Row(
         "--sample_every_n_epochs 1", "files", "--sample_prompts {prompts} --max_train_epochs 1"
     ),
-    "train_inpainting": sd("--train_inpainting", "losses"),
     "sample_sampler": sd("--sample_sampler euler_a", "pictures", "--sample_prompts {prompts} --sample_at_first"),
     "logging_dir": Row("--logging_dir {logs}", "logs"),
     "log_with": Row("--log_with tensorboard", "stopped"),
@@ -290,6 +289,7 @@ ELSEWHERE: dict[str, str] = {
     "unsloth_offload_checkpointing": "tests/engine/test_computing.py::test_offloaded_activations_change_nothing",
     "mem_eff_attn": "tests/engine/test_computing.py::test_attention_in_small_pieces_is_the_same_attention",
     "blocks_to_swap": "tests/engine/test_computing.py::test_swapped_blocks_change_nothing",
+    "train_inpainting": "tests/engine/test_inpainting.py::test_a_run_sees_what_is_kept",
     "split_mode": "tests/engine/test_computing.py::test_the_old_flag_of_swapping_and_too_many_blocks",
     "cuda_allow_tf32": "tests/engine/test_every_option.py::test_flags_of_the_back_end",
     "cuda_cudnn_benchmark": "tests/engine/test_every_option.py::test_flags_of_the_back_end",
