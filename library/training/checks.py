@@ -33,7 +33,6 @@ from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schema import OptionSet
 from library.options.tracking import TrackingOptions
-from library.options.validation import ValidationOptions
 from library.sampling.prompts import SampleDefaults, SampleRequest, read_prompts
 from library.strategy_base import Strategies
 from library.tracking.trackers import check_trackers
@@ -202,8 +201,6 @@ def _subset_problems(subset: SubsetPlan, options: OptionSet, where: str) -> Iter
         yield Problem(f"{where}.conditioning_data_dir", message)
     draws_logits = options.values().get("timestep_sampling") in LOGIT_SAMPLING
     yield from attribute_problems(subset.custom_attributes, f"{where}.custom_attributes", offsets=draws_logits)
-    if subset.validation_split and ValidationOptions not in options:
-        yield Problem(f"{where}.validation_split", "this script does not validate; remove the key")
     text = options.get(TextCachingOptions)
     if text is None or not text.active:
         return

@@ -14,7 +14,6 @@ from library.data.build import ImageSets, scan
 from library.data.dataset import ReadSettings, TrainDataset
 from library.data.loader import TrainData
 from library.data.records import ScanRules
-from library.options.schema import OptionSet
 from library.train_util import make_options
 from library.training.checks import _subset_problems
 from library.training.plan import data_workers
@@ -224,14 +223,6 @@ def test_worker_processes_are_started_for_what_has_to_be_decoded(folder):
     # masks in files are decoded at every visit, unless they are kept in memory with the latents
     assert workers(paired, cache_latents_to_disk=True) == 1
     assert workers(paired, cache_latents=True) == 0
-
-
-def test_a_split_where_nothing_validates_is_an_error(folder):
-    """There it takes images away from training in silence."""
-    subset = build(folder, validation_split=0.5).sets[0].plan.subsets[0]
-    full: OptionSet = make_options("sd", "full", {})
-    assert "does not validate" in next(_subset_problems(subset, full, "d.toml")).message
-    assert not list(_subset_problems(subset, make_options("sd", "network", {}), "d.toml"))
 
 
 @pytest.mark.parametrize(
