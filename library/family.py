@@ -76,6 +76,33 @@ class CommandLine:
         return from_values(self.groups, values, defaults=self.defaults, hidden=self.hidden, choices=self.choices)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InferenceSpec:
+    """What the script that makes images of a family without training reads, and how it differs from training.
+
+    Attributes:
+        option_groups: the family's own flags, in help order.
+        hidden: shared flags that the script does not offer.
+        defaults: changed defaults, by field name.
+        training: flag -> the option of training that `inspect`, `load`, `strategies` and the checks read.
+        prompt: flag -> the key of prompt files that it stands for, besides the shared ones.
+        variants: name of a variant -> values of prompt files where its flags are not given.
+        denoiser_format: flag of the denoiser's number format.
+        vae_format: flag of the VAE's.
+        encoder_formats: flags of the text encoders', in their order.
+    """
+
+    option_groups: tuple[type, ...]
+    hidden: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, str]
+    prompt: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    denoiser_format: str | None = None
+    vae_format: str | None = None
+    encoder_formats: tuple[str, ...] = ()
+
+
 def no_problems(options: OptionSet, task: str) -> Iterable[Problem]:  # noqa: ARG001 - the signature of Family.check
     """The check of a family without rules of its own."""
     return ()
@@ -113,6 +140,7 @@ class Family:
         strategies: reference to the BuildStrategies function.
         model_spec: reference to the function that names the architecture in saved files.
         metadata_keys: family flags that metadata repeats as `ss_<flag>`.
+        inference: the script that makes images without training; None where there is none.
     """
 
     name: str
@@ -142,6 +170,7 @@ class Family:
     strategies: Ref | None = None
     model_spec: Ref | None = None
     metadata_keys: tuple[str, ...] = ()
+    inference: InferenceSpec | None = None
 
     def command_line(self, task: str, preset: str | None = None) -> CommandLine:
         """The flags of the script for (task, preset)."""

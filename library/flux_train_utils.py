@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, Ref, TextSpec
+from library.family import Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.caching import TextCachingOptions
 from library.options.checks import network_argument, text_caching_problems
 from library.options.control_net import ControlNetOptions
 from library.options.flow import FlowOptions, FlowSamplingOptions
 from library.options.full import FusedUpdateOptions
+from library.options.inference import format_problems
 from library.options.memory import MemoryOptions
 from library.options.ranges import at_least
 from library.options.schema import OptionSet, option
@@ -51,6 +52,32 @@ class FluxSplitOptions:
     """Old memory flag of FLUX."""
 
     split_mode: bool = option(False, help="train half of the model at a time", deprecated="use --blocks_to_swap 18")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxInferenceOptions:
+    """FLUX: its files, their number formats, and guidance."""
+
+    ckpt_path: str = option(help="transformer file")
+    model_type: str = option("flux", help="architecture", choices=("flux", "chroma"))
+    clip_l: str | None = option(None, help="CLIP-L file")
+    t5xxl: str | None = option(None, help="T5-XXL file")
+    ae: str | None = option(None, help="autoencoder file")
+    apply_t5_attn_mask: bool = option(False, help="keep T5 padding out of attention")
+    t5xxl_max_token_length: int | None = option(
+        None, help="longest prompt in T5 tokens; 256 for schnell and 512 for the others when not given"
+    )
+    guidance: float = option(3.5, help="guidance value; only dev reads it")
+    flux_dtype: str | None = option(None, help="number format of the transformer; fp8 keeps its weights in 8 bits")
+    clip_l_dtype: str | None = option(None, help="number format of CLIP-L; fp8 keeps its weights in 8 bits")
+    t5xxl_dtype: str | None = option(None, help="number format of T5; fp8 keeps its weights in 8 bits")
+    ae_dtype: str | None = option(None, help="number format of the autoencoder")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        yield from at_least(1, t5xxl_max_token_length=self.t5xxl_max_token_length)
+        yield from at_least(0, guidance=self.guidance)
+        yield from format_problems(self, "ae_dtype", weights_only=("flux_dtype", "clip_l_dtype", "t5xxl_dtype"))
 
 
 def check(options: OptionSet, task: str) -> Iterator[Problem]:
@@ -125,5 +152,23 @@ FAMILY = Family(
         "sigmoid_scale",
         "model_prediction_type",
         "discrete_flow_shift",
+    ),
+    inference=InferenceSpec(
+        option_groups=(FluxInferenceOptions,),
+        defaults={"width": 1360, "height": 768},
+        training={
+            "ckpt_path": "pretrained_model_name_or_path",
+            "guidance": "guidance_scale",
+            **{
+                name: name
+                for name in ("clip_l", "t5xxl", "ae", "model_type", "apply_t5_attn_mask", "t5xxl_max_token_length")
+            },
+        },
+        prompt={"guidance": "guidance_scale"},
+        # schnell was distilled on unshifted noise levels
+        variants={"dev": {"sample_steps": 50}, "schnell": {"sample_steps": 4, "flow_shift": 1.0}},
+        denoiser_format="flux_dtype",
+        vae_format="ae_dtype",
+        encoder_formats=("clip_l_dtype", "t5xxl_dtype"),
     ),
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from library.batch import Conditioning, StepInputs, TrainBatch
 from library.diffusion.process import NoiseProcess
 from library.sampling.prompts import SampleDefaults, SampleRequest
+from library.sampling.samplers import Tick, no_tick
 
 
 class TokenizeStrategy(ABC):
@@ -141,8 +142,9 @@ class DenoisingStrategy(ABC):
         negative: Conditioning | None,
         noise: Tensor,
         generator: torch.Generator,
+        tick: Tick = no_tick,
     ) -> Tensor:
-        """Denoise unit noise [1, C, H, W]; `negative` is None without classifier-free guidance."""
+        """Denoise unit noise [1, C, H, W]; `negative` is None without guidance, `tick` is told of steps."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How FLUX.1 tokenizes, encodes, noises and predicts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from library.batch import Conditioning, StepInputs
-from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow, resolution_shift, time_shifted
+from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow, resolution_shift, shifted, time_shifted
 from library.diffusion.from_options import flow_process
 from library.diffusion.process import per_sample
 from library.flux_models import image_ids, pack_latents, unpack_latents
@@ -18,7 +18,7 @@ from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import run_euler_flow
+from library.sampling.samplers import Tick, no_tick, run_euler_flow
 from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
@@ -130,20 +130,37 @@ class FluxDenoisingStrategy(DenoisingStrategy):
         prediction_type: `raw` compares the output itself; `additive` output + noisy; `sigma_scaled`
             noisy - sigma * output.
         apply_t5_attn_mask: whether padding tokens of the text are masked in attention.
+        distilled: whether the model reads the guidance vector.
     """
 
     latent_channels = 16
     spatial_factor = 8
-    sample_defaults = SampleDefaults(steps=20, scale=1.0, guidance=3.5, multiple=16)
+    sample_defaults = SampleDefaults(
+        steps=20,
+        scale=1.0,
+        guidance=3.5,
+        multiple=16,
+        sampler="euler",
+        reads=frozenset({"guidance_scale", "flow_shift"}),
+    )
     gradient_inputs = frozenset({"img", "txt", "x"})
 
     def __init__(
-        self, process: RectifiedFlow, *, guidance: float, prediction_type: str, apply_t5_attn_mask: bool
+        self,
+        process: RectifiedFlow,
+        *,
+        guidance: float,
+        prediction_type: str,
+        apply_t5_attn_mask: bool,
+        distilled: bool = True,
     ) -> None:
         self.process = process
         self.guidance = guidance
         self.prediction_type = prediction_type
         self.apply_t5_attn_mask = apply_t5_attn_mask
+        if not distilled:
+            defaults = FluxDenoisingStrategy.sample_defaults
+            self.sample_defaults = replace(defaults, guidance=None, reads=defaults.reads - {"guidance_scale"})
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """Double blocks, then single blocks."""
@@ -193,8 +210,9 @@ class FluxDenoisingStrategy(DenoisingStrategy):
         negative: Conditioning | None,
         noise: Tensor,
         generator: torch.Generator,
+        tick: Tick = no_tick,
     ) -> Tensor:
-        """Euler steps on the schedule shifted for the image's size."""
+        """Euler steps on the schedule shifted for the image's size, or by the request's `flow_shift`."""
         del generator
         guidance = self.guidance if request.guidance is None else request.guidance
 
@@ -204,12 +222,15 @@ class FluxDenoisingStrategy(DenoisingStrategy):
             return guided(wanted, unwanted, request.scale)
 
         tokens = (noise.shape[2] // 2) * (noise.shape[3] // 2)
-        return run_euler_flow(predict, noise, sampling_sigmas(request.steps, tokens))
+        return run_euler_flow(predict, noise, sampling_sigmas(request.steps, tokens, request.flow_shift), tick)
 
 
-def sampling_sigmas(steps: int, num_tokens: int) -> Tensor:
-    """Noise levels from 1 to 0 [steps + 1], shifted for the number of image tokens."""
-    return time_shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), resolution_shift(num_tokens)).float()
+def sampling_sigmas(steps: int, num_tokens: int, shift: float | None = None) -> Tensor:
+    """Noise levels from 1 to 0 [steps + 1], shifted by `shift`, or as the number of image tokens asks for."""
+    levels = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if shift is not None:
+        return shifted(levels, shift).float()
+    return time_shifted(levels, resolution_shift(num_tokens)).float()
 
 
 def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
@@ -236,6 +257,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
             guidance=options.value("guidance_scale"),
             prediction_type=options.value("model_prediction_type"),
             apply_t5_attn_mask=masked,
+            distilled=variant.name != "schnell",
         ),
         conditioning=FluxConditioning,
     )

@@ -19,7 +19,7 @@ from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import make_scheduler, run_scheduler
+from library.sampling.samplers import Tick, make_scheduler, no_tick, run_scheduler, sampler_names
 from library.strategy_base import (
     DenoisingStrategy,
     LatentsCachingStrategy,
@@ -181,6 +181,12 @@ class SdDenoisingStrategy(DenoisingStrategy):
     def __init__(self, process: Ddpm, sampler: str = "ddim", *, inpainting: bool = False) -> None:
         self.process = process
         self.sampler = sampler
+        self.sample_defaults = replace(
+            SdDenoisingStrategy.sample_defaults,
+            sampler=sampler,
+            samplers=sampler_names(zero_terminal=process.zero_terminal),
+            sampler_note="those that can follow --zero_terminal_snr" if process.zero_terminal else "",
+        )
         self.inpainting = inpainting
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
@@ -220,6 +226,7 @@ class SdDenoisingStrategy(DenoisingStrategy):
         negative: Conditioning | None,
         noise: Tensor,
         generator: torch.Generator,
+        tick: Tick = no_tick,
     ) -> Tensor:
         """See the base class."""
 
@@ -235,7 +242,7 @@ class SdDenoisingStrategy(DenoisingStrategy):
             velocity=self.process.velocity,
             zero_terminal=self.process.zero_terminal,
         )
-        return run_scheduler(scheduler, predict, noise, request.steps, generator)
+        return run_scheduler(scheduler, predict, noise, request.steps, generator, tick)
 
 
 def _predict(denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:

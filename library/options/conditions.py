@@ -71,6 +71,10 @@ CONDITIONS: dict[str, tuple[Callable[[Values], bool], str]] = {
     "show_timesteps_resolution": (_given("show_timesteps"), "it needs --show_timesteps"),
     "show_timesteps_offset": (_given("show_timesteps"), "it needs --show_timesteps"),
     "sample_sampler": (_given("sample_prompts"), "it needs --sample_prompts"),
+    "sample_every_n_steps": (
+        lambda values: not values.get("sample_every_n_epochs"),
+        "where --sample_every_n_epochs is given, images are made by epochs alone",
+    ),
     "save_last_n_epochs": (
         _given("save_every_n_epochs", "save_n_epoch_ratio"),
         _SAVES.format("epochs"),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
+from library.options.ranges import at_least
 from library.options.schema import option
 
 
@@ -40,6 +41,9 @@ class SamplingOptions:
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
+        yield from at_least(
+            0, sample_every_n_steps=self.sample_every_n_steps, sample_every_n_epochs=self.sample_every_n_epochs
+        )
         wanted = self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs
         if wanted and self.sample_prompts is None:
             yield Problem("--sample_prompts", "is needed for sample images")

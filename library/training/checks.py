@@ -89,6 +89,9 @@ def inspect_run(family: Family, options: OptionSet, seed: int, *, is_main: bool 
     if sampling.sample_prompts and inspected is not None:
         defaults: SampleDefaults = inspected.strategies.denoising.sample_defaults
         requests = collector.run(lambda: read_prompts(sampling.sample_prompts, defaults))
+        message = defaults.sampler_problem(sampling.sample_sampler)
+        if message is not None:
+            collector.problems.append(Problem("--sample_sampler", message, sampling.sample_sampler))
     raise_problems(collector.problems)
     assert inspected is not None and requests is not None
     return replace(inspected, requests=requests)

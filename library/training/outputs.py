@@ -28,7 +28,9 @@ from library.options.noise import NoiseOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.validation import ValidationOptions
-from library.sampling.runner import SampleRunner, SampleTarget
+from library.sampling.prompts import SampleRequest
+from library.sampling.runner import ImageModel, OnImage, SampleRunner, SampleTarget
+from library.tracking.trackers import Moment
 from library.training.conditioning import ConditioningSource
 from library.training.inputs import StepAssembler
 from library.training.latents import LatentSource
@@ -118,6 +120,53 @@ def program_version() -> str:
         return "checkout"
 
 
+def make_runner(
+    setting: Setting,
+    components: Components,
+    conditioning: ConditioningSource,
+    autocast: Autocast,
+    on_image: OnImage | None = None,
+) -> SampleRunner:
+    """What makes the sample images of a run."""
+    plan, processes = setting.plan, setting.processes
+    assert components.denoiser is not None and components.vae is not None
+    return SampleRunner(
+        ImageModel(
+            maker=setting.strategies.denoising,
+            denoiser=components.denoiser,
+            vae=components.vae,
+            condition=conditioning.for_prompt,
+            device=setting.device,
+            autocast=autocast,
+        ),
+        setting.inspected.requests,
+        SampleTarget(
+            folder=plan.names.folder / "sample",
+            output_name=plan.options[SavingOptions].output_name,
+            model=components.source.stem,
+            seed=plan.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            wait_for_all=processes.wait_for_all,
+        ),
+        on_image,
+    )
+
+
+def _tracker_hook(setting: Setting, weights: TrainedWeights, state: TrainState) -> OnImage | None:
+    """Shows sample images to the trackers; where several kinds of weights are looked at, those of the first kind."""
+    trackers = setting.trackers
+    if not trackers:
+        return None
+    others = tuple(f"_{kind}" for kind in weights.looked_at[1:])
+
+    def show(path: Path, request: SampleRequest, occasion: str) -> None:
+        if not occasion.endswith(others):
+            trackers.image(path, request.prompt, request.index, Moment(state.step, state.epoch))
+
+    return show
+
+
 def make_services(
     setting: Setting,
     components: Components,
@@ -133,21 +182,7 @@ def make_services(
     plan, options = setting.plan, setting.plan.options
     runner = None
     if setting.inspected.requests:
-        assert components.denoiser is not None and components.vae is not None
-        runner = SampleRunner(
-            setting.strategies.denoising,
-            components.denoiser,
-            components.vae,
-            conditioning.for_prompt,
-            setting.inspected.requests[setting.processes.rank :: setting.processes.world_size],
-            SampleTarget(
-                folder=plan.names.folder / "sample",
-                output_name=options[SavingOptions].output_name,
-                seed=plan.seed,
-                device=setting.device,
-            ),
-            autocast,
-        )
+        runner = make_runner(setting, components, conditioning, autocast, _tracker_hook(setting, weights, start.state))
         services.append(SamplingService(options[SamplingOptions], runner, weights))
     saver = None
     if setting.processes.is_main:

@@ -10,6 +10,7 @@ import torch
 from library.checkpoint.hub import Uploader
 from library.family import Family
 from library.strategy_base import Strategies
+from library.tracking.trackers import Trackers
 from library.training.caches import CacheSetting
 from library.training.checks import Inspected
 from library.training.distributed import Processes
@@ -22,7 +23,7 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every building step looks at; `uploader` is told of everything that is saved."""
+    """What every building step looks at; `uploader` is told of what is saved, `trackers` of sample images."""
 
     family: Family
     task_name: str
@@ -30,6 +31,7 @@ class Setting:
     inspected: Inspected
     processes: Processes
     uploader: Uploader | None = None
+    trackers: Trackers | None = None
 
     @property
     def strategies(self) -> Strategies:

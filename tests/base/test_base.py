@@ -57,7 +57,7 @@ def test_prompt_lines(line, expected):
 
 
 @pytest.mark.parametrize(
-    ("line", "text"), [("a --x 3", "unknown option --x"), ("a --w wide", "--w wide: expected int")]
+    ("line", "text"), [("a --x 3", "unknown option --x"), ("a --w wide", "--w wide: expected a whole number")]
 )
 def test_prompt_lines_that_are_wrong(line, text):
     with pytest.raises(ValueError, match=text):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from library import config_util
+from library.base.text import PROMPT_OPTIONS
 from library.config_util import read_config, resolve_datasets
 from library.families import FAMILIES
+from library.inference import make_inference_parser, parse_inference
 from library.optim.registry import OPTIMIZERS
 from library.options import pending
 from library.options.conflicts import CONFLICTS
@@ -46,7 +48,7 @@ def commands():
             words = shlex.split(line, comments=True)
             if words[:2] == ["accelerate", "launch"]:
                 yield page, words[2:]
-            elif words[:1] == ["python"] and words[1].startswith(("tools/", "quickstart")):
+            elif words[:1] == ["python"] and words[1].startswith(("tools/", "quickstart", "flux_minimal")):
                 yield page, words[1:]
 
 
@@ -72,6 +74,8 @@ def test_commands_parse(page, words):
         dataset_report.setup_parser().parse_args(arguments)
     elif script == "tools/compare_steps.py":
         compare_steps.setup_parser().parse_args(arguments)
+    elif script == "flux_minimal_inference.py":
+        assert not list(parse_inference("flux", arguments).problems())
     elif script == "quickstart.py":
         assert arguments in ([], ["test"], ["install"])
 
@@ -163,10 +167,8 @@ def test_flags_in_the_documentation_exist():
         for preset in load_family(family).presets:
             known |= {flag for action in make_parser(family, "full", preset)._actions for flag in action.option_strings}
     known |= {flag for action in cache_parser()._actions for flag in action.option_strings}
-    known |= {
-        f"--{name}"
-        for name in ("w", "h", "d", "s", "l", "g", "n", "ss", "num_processes", "plot", "check", "help", "torch")
-    }
+    known |= {flag for action in make_inference_parser("flux")._actions for flag in action.option_strings}
+    known |= {f"--{name}" for name in (*PROMPT_OPTIONS, "c", "m", "num_processes", "plot", "check", "help", "torch")}
     for page in PAGES:
         for flag in re.findall(r"`(--\w+)", page.read_text(encoding="utf-8")):
             assert flag in known, f"{page.name}: {flag}"

@@ -83,7 +83,5 @@ def test_what_cannot_be(arguments, inputs, tmp_path):
         run_training("sd", arguments("--cache_latents"))
     model = nine_channels(inputs, tmp_path)
     plain = [one for one in arguments() if one != "--train_inpainting"]
-    with pytest.raises(
-        (CheckpointError, UserError), match="inpainting model .9 channels.; add --train_inpa"
-    ):
+    with pytest.raises((CheckpointError, UserError), match="inpainting model .9 channels.; add --train_inpa"):
         run_training("sd", [*plain, "--pretrained_model_name_or_path", model])

@@ -118,12 +118,12 @@ def test_samples(family, arguments, tmp_path):
     prompts.write_text("# a comment\na cat --w 100 --h 64 --d 7 --s 2\n\na dog --w 64 --h 64 --s 2 --l 3 --n blurry\n")
     given = ("--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--sample_at_first")
     with_samples = run_training(family, arguments(*given, family=family))
-    images = sorted((tmp_path / "out" / "sample").iterdir())
+    images = sorted(path for path in (tmp_path / "out" / "sample").iterdir() if "sheet" not in path.name)
     assert len(images) == 6
     assert images[0].name.startswith("last_000002_00_") and images[0].name.endswith("_7.png")
     with Image.open(images[0]) as image:
         assert image.size == (96, 64)
-        assert json.loads(image.text["parameters"])["prompt"] == "a cat"
+        assert json.loads(image.text["sample_request"])["prompt"] == "a cat"
     # training does not notice that images were made
     assert run_training(family, arguments(family=family)).losses == with_samples.losses
 
@@ -138,7 +138,7 @@ def test_samples_are_repeatable_and_follow_the_adapter(arguments, tmp_path):
         given = arguments("--sample_prompts", str(prompts), "--sample_every_n_steps", "4", "--sample_at_first")
         given[given.index("--output_dir") + 1] = str(tmp_path / run)
         run_training("sd", [*given, "--learning_rate", "1e-1"])
-        files = sorted((tmp_path / run / "sample").iterdir())
+        files = sorted(path for path in (tmp_path / run / "sample").iterdir() if "sheet" not in path.name)
         pixels.append([Image.open(file).tobytes() for file in files])
     assert pixels[0] == pixels[1]
     assert pixels[0][0] != pixels[0][2]  # after the last step, at first

@@ -1,0 +1,114 @@
+"""The door to images without training: for the scripts, and the same from Python."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from library.base.errors import FeatureNotAvailable, Problem, UserError, raise_problems
+from library.base.lazy import resolve
+from library.base.logs import setup_logging
+from library.family import CommandLine, Family, InferenceSpec
+from library.options.inference import InferenceModelOptions, InferenceOptions
+from library.options.pending import AVAILABLE_VALUES
+from library.options.schema import OptionSet
+from library.train_util import load_family
+
+logger = logging.getLogger("diffusion_scripts")
+
+
+def _spec(family: Family) -> InferenceSpec:
+    if family.inference is None:
+        raise FeatureNotAvailable("family", family.name, "images of it cannot be made in this version yet")
+    return family.inference
+
+
+def _command_line(family: Family) -> CommandLine:
+    spec = _spec(family)
+    return CommandLine(
+        groups=(*spec.option_groups, InferenceOptions, InferenceModelOptions),
+        description=f"Make an image with {family.title}, as training makes its samples.",
+        defaults={"lora_weights": [], **spec.defaults},
+        hidden=spec.hidden,
+        choices={},
+    )
+
+
+def make_inference_parser(family: Family | str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The argument parser of a script that makes images."""
+    return _command_line(load_family(family) if isinstance(family, str) else family).parser(prog)
+
+
+def parse_inference(family: Family | str, argv: Sequence[str] | None) -> OptionSet:
+    """Options from a command line.
+
+    Raises:
+        UserError: flags or values that are not valid.
+    """
+    return _command_line(load_family(family) if isinstance(family, str) else family).parse(argv)
+
+
+def training_options(family: Family, options: OptionSet) -> OptionSet:
+    """The options of training that say the same of the model.
+
+    Raises:
+        FeatureNotAvailable: a kind of model that this version does not have.
+        UserError: everything that the options alone show to be wrong.
+    """
+    spec = _spec(family)
+    raise_problems(_unavailable(options), FeatureNotAvailable)
+    values = {theirs: options.value(ours) for ours, theirs in spec.training.items()}
+    cache = options[InferenceModelOptions].tokenizer_cache_dir
+    training = family.command_line("network").from_values({**values, "tokenizer_cache_dir": cache})
+    problems = [*options.problems(), *family.missing(training, "network")]
+    raise_problems(_named_as_here(spec, problem) for problem in problems)
+    return training
+
+
+def _unavailable(options: OptionSet) -> Iterator[Problem]:
+    for name, available in AVAILABLE_VALUES.items():
+        if name in options.offered and options.value(name) not in available:
+            message = f"not available in this version yet (available: {', '.join(sorted(available))})"
+            yield Problem(f"--{name}", message, options.value(name))
+
+
+def _named_as_here(spec: InferenceSpec, problem: Problem) -> Problem:
+    """A problem under this script's flag, where training calls it by another name."""
+    ours = {f"--{theirs}": f"--{ours}" for ours, theirs in spec.training.items()}
+    return Problem(ours.get(problem.where, problem.where), problem.message, problem.value)
+
+
+def make_images(family: Family | str, options: OptionSet) -> list[Path]:
+    """Load the model and make the image of the options, or those of stdin.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: what is wrong with options or files.
+    """
+    record = load_family(family) if isinstance(family, str) else family
+    training = training_options(record, options)
+    try:
+        return resolve("library.training.inference_run:run_inference")(record, options, training)
+    except UserError as error:
+        named = [_named_as_here(_spec(record), problem) for problem in error.problems]
+        raise type(error)(problems=named) from error
+
+
+def main(family: str, argv: Sequence[str] | None = None) -> None:
+    """Run a script that makes images; ends the process with code 2 when the user has something to correct.
+
+    Args:
+        family: name of the model family.
+        argv: arguments; those of this process when None.
+    """
+    setup_logging()
+    try:
+        make_images(family, parse_inference(family, argv))
+    except UserError as error:
+        sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
