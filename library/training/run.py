@@ -159,6 +159,7 @@ def _train(
         epochs=plan.num_epochs,
     )
     trackers = _start_trackers(setting, start, log_folder)
+    setting = replace(setting, trackers=trackers)
     ended = False
     try:
         result = _run_session(setting, start, replay, events, trackers)

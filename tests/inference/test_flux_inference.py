@@ -296,17 +296,15 @@ def test_lines_end_with_the_input(inputs, monkeypatch, tmp_path):
 
 
 def test_strengths_of_adapters_by_line(inputs, trained, monkeypatch, tmp_path, messages):
-    """--m counts for its line; a wrong count is answered."""
-    adapter = str(trained()[1])
-    lines = "a cat\na cat --m 0.5\na cat --m 0\na cat\na cat --m 1,2\na cat --m x\n"
-    one, half, none, again = (
-        image for _, image in answers(inputs, monkeypatch, tmp_path, lines, "--lora_weights", adapter)
-    )
+    """--m counts for its line, then the file's own strength again; a wrong count is answered."""
+    half = ("--lora_weights", f"{trained()[1]};0.5")
+    lines = "a cat\na cat --m 0.5\na cat --m 1\na cat --m 0\na cat\na cat --m 1,2\na cat --m x\n"
+    made = [image for _, image in answers(inputs, monkeypatch, tmp_path, lines, *half)]
+    own, given, full, none, again = made
     ((_, plain),) = answers(inputs, monkeypatch, tmp_path, "a cat\n")
-    assert one == again != half != none == plain
+    assert own == given == again != full != none == plain
     assert "expected one number for each file" in messages.text and "--m x: expected numbers" in messages.text
-    merged = ("--lora_weights", adapter, "--merge_lora_weights")
-    assert answers(inputs, monkeypatch, tmp_path, "a cat --m 1\n", *merged) == []
+    assert answers(inputs, monkeypatch, tmp_path, "a cat --m 1\n", *half, "--merge_lora_weights") == []
     assert "--m: there is no adapter that is not merged" in messages.text
 
 

@@ -101,6 +101,15 @@ def wandb_records(folder):
 # runs
 
 
+def test_sample_images_of_a_run_in_tensorboard(arguments, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\na dog --w 64 --h 64 --s 2\n")
+    more = ("--logging_dir", str(tmp_path / "logs"), "--sample_prompts", str(tmp_path / "prompts.txt"))
+    run_training("sd", arguments(*more, "--sample_every_n_steps", "2"))
+    found = curves(tmp_path / "logs")
+    tags = found.Tags()["images"]
+    assert len(tags) == 2 and all([event.step for event in found.Images(tag)] == [2, 4] for tag in tags)
+
+
 def test_epochs_and_steps_in_tensorboard(arguments, tmp_path):
     data = {"batch_size": 4, "dataset": "validation_split = 0.3"}
     more = ("--logging_dir", str(tmp_path / "logs"), "--max_train_epochs", "2", "--validate_every_n_epochs", "1")
