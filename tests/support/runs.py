@@ -7,11 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.base.safetensors_io import load_file
+import torch
+from safetensors.torch import save_file
+
+from library.base.safetensors_io import load_file, read_header
 from library.train_util import parse_options, train
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-FAMILY_OF = {"train_network.py": "sd", "flux_train_network.py": "flux"}
+FAMILY_OF = {
+    "train_network.py": "sd",
+    "sdxl_train_network.py": "sdxl",
+    "flux_train_network.py": "flux",
+}
+# the files that a family's scripts are told of, and what else its tiny models need
+MODEL_FLAGS: dict[str, dict[str, str]] = {
+    "sd": {"--pretrained_model_name_or_path": "sd15"},
+    "sdxl": {"--pretrained_model_name_or_path": "sdxl"},
+    "flux": {
+        "--pretrained_model_name_or_path": "flux1_dev",
+        "--clip_l": "clip_l",
+        "--t5xxl": "t5xxl",
+        "--ae": "ae",
+    },
+}
+MORE_FLAGS: dict[str, tuple[str, ...]] = {"flux": ("--t5xxl_max_token_length", "32")}
+NETWORK_MODULES = {
+    "sd": "networks.lora",
+    "sdxl": "networks.lora",
+    "flux": "networks.lora_flux",
+}
 
 
 @dataclass(frozen=True)
@@ -33,17 +57,8 @@ class Inputs:
 
     def base(self, family: str) -> list[str]:
         """Flags that name the model's files."""
-        common = ["--tokenizer_cache_dir", str(self.folder / "tokenizers")]
-        if family == "sd":
-            return ["--pretrained_model_name_or_path", self.model("sd15"), *common]
-        files = {
-            "--pretrained_model_name_or_path": "flux1_dev",
-            "--clip_l": "clip_l",
-            "--t5xxl": "t5xxl",
-            "--ae": "ae",
-        }
-        named = [part for flag, name in files.items() for part in (flag, self.model(name))]
-        return [*named, "--t5xxl_max_token_length", "32", *common]
+        named = [part for flag, name in MODEL_FLAGS[family].items() for part in (flag, self.model(name))]
+        return [*named, *MORE_FLAGS.get(family, ()), "--tokenizer_cache_dir", str(self.folder / "tokenizers")]
 
 
 def dataset_toml(folder: Path, inputs: Inputs, *, batch_size: int = 1, subset: str = "", dataset: str = "") -> Path:
@@ -72,7 +87,7 @@ def network_arguments(family: str, inputs: Inputs, folder: Path, dataset: Path, 
     """A short adapter training of a family."""
     return [
         *inputs.base(family),
-        *("--network_module", "networks.lora" if family == "sd" else "networks.lora_flux"),
+        *("--network_module", NETWORK_MODULES[family]),
         *("--network_dim", "4", "--network_alpha", "2", "--learning_rate", "1e-3"),
         *("--dataset_config", str(dataset), "--output_dir", str(folder / "out"), "--output_name", "last"),
         *("--seed", "42", "--max_train_steps", "4", "--max_data_loader_n_workers", "0"),
@@ -108,7 +123,10 @@ class Case:
         return folder / f"{name}.safetensors"
 
     def tensors(self, name: str) -> dict[str, Any]:
-        return load_file(self.file(name))
+        """As the reference's files held them: `final` is kept as its difference, `init` without tensors of zeros."""
+        stored, moved = load_file(self.file("init")), load_file(self.file("final"))
+        start = {key: stored.get(key, torch.zeros(value.shape)) for key, value in moved.items()}
+        return start if name == "init" else {key: start[key] + value.float() for key, value in moved.items()}
 
     def script_and_arguments(self, inputs: Inputs, work: Path) -> tuple[str, list[str]]:
         """The recorded command with our folders, replaying the record from the recorded start."""
@@ -118,9 +136,10 @@ class Case:
         command = (self.folder / "cmd.txt").read_text()
         command = command.replace("$INPUTS", str(inputs.folder)).replace("$CASE", str(work))
         script, *arguments = shlex.split(command)
+        save_file(self.tensors("init"), work / "init.safetensors", metadata=read_header(self.file("init"))[1])
         return script, [
             *arguments,
-            *("--network_weights", str(self.file("init"))),
+            *("--network_weights", str(work / "init.safetensors")),
             *("--replay_steps", str(self.folder / "steps"), "--record_steps", str(work / "steps")),
         ]
 
