@@ -2,28 +2,23 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from library.base.errors import CheckpointError
-from library.base.safetensors_io import KnownShapes, TensorFile
+from library.base.safetensors_io import TensorFile
+from library.modules import unet
 from library.modules.clip import load_clip_text, load_open_clip_text
 from library.modules.components import Components, Need, Variant
-from library.modules.loading import highest_index, load_module, merge_config, open_model_file
+from library.modules.loading import highest_index, open_model_file
 from library.modules.published_view import published_view
-from library.modules.vae import load_vae
+from library.modules.vae import PREFIX as VAE
+from library.modules.vae import load_vae, own_vae
 from library.options.schema import OptionSet
-from library.sd_models import unet_config, unet_names
 
-_UNET = "model.diffusion_model."
-_VAE = "first_stage_model."
+_UNET = unet.PREFIX
 _TEXT = "cond_stage_model.transformer."
 _TEXT_V2 = "cond_stage_model.model."
 _V2_BASE = "stable-diffusion-v2-512"
-INPAINTING_CHANNELS = 9  # noisy latents 4, mask 1, latents of what is kept 4
 
 
 def open_checkpoint(path: str) -> TensorFile:
@@ -52,7 +47,7 @@ def detect_variant(file: TensorFile, *, velocity: bool) -> Variant:
         file: the checkpoint.
         velocity: whether the model predicts the velocity, which no tensor tells.
     """
-    config = unet_config(_unet_shapes(file))
+    config = unet.unet_config(unet.unet_shapes(file))
     name = "v2" if _is_v2(file) else "v1"
     return Variant(name=name, base_model_version=f"sd_{name}" + ("_v" if velocity else ""), config=config)
 
@@ -69,54 +64,13 @@ def _text_prefix(file: TensorFile) -> str:
     return _TEXT_V2 if _is_v2(file) else _TEXT
 
 
-def _unet_tensors(file: TensorFile) -> dict[str, str]:
-    """diffusers name -> name in the file."""
-    bare = [name.removeprefix(_UNET) for name in file.names if name.startswith(_UNET)]
-    return {ours: _UNET + theirs for ours, theirs in unet_names(bare).items()}
-
-
-def _unet_shapes(file: TensorFile) -> KnownShapes:
-    """Shapes by diffusers name."""
-    return KnownShapes({ours: file.shapes[theirs] for ours, theirs in _unet_tensors(file).items()}, file.path)
-
-
 def load_unet(file: TensorFile, need: Need, *, inpainting: bool = False) -> Any:
-    """diffusers' UNet2DConditionModel with the checkpoint's weights.
-
-    With `inpainting` it takes nine channels; those that the file does not have begin at zero.
+    """The U-Net with the checkpoint's weights.
 
     The projections around the attention of version 2.x are matrices in the file; here they are 1x1 convolutions as in
     1.x, which is the same arithmetic and gives adapters the shapes that other programs write.
     """
-    from diffusers import UNet2DConditionModel
-
-    config = merge_config(
-        unet_config(_unet_shapes(file)),
-        file,
-        fixed=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"),
-    )
-    config["use_linear_projection"] = False
-    if inpainting:
-        config["in_channels"] = INPAINTING_CHANNELS
-    reading = partial(_read_unet_tensor, file, in_channels=config["in_channels"])
-    return load_module(
-        lambda: UNet2DConditionModel(**config),
-        {ours: partial(reading, ours, theirs) for ours, theirs in _unet_tensors(file).items()},
-        path=file.path,
-        part="U-Net",
-        dtype=need.dtype,
-        device=need.place_of_denoiser,
-        prepare=need.prepare_denoiser,
-    )
-
-
-def _read_unet_tensor(file: TensorFile, ours: str, theirs: str, *, in_channels: int) -> Tensor:
-    tensor = file.tensor(theirs)
-    if ours == "conv_in.weight" and tensor.shape[1] < in_channels:
-        missing = tensor.new_zeros(tensor.shape[0], in_channels - tensor.shape[1], *tensor.shape[2:])
-        return torch.cat((tensor, missing), dim=1)
-    projects = ours.endswith((".proj_in.weight", ".proj_out.weight"))
-    return tensor[:, :, None, None] if projects and tensor.ndim == 2 else tensor
+    return unet.load_unet(file, need, inpainting=inpainting, use_linear_projection=False)
 
 
 def inspect(options: OptionSet) -> Variant:
@@ -129,16 +83,13 @@ def inspect(options: OptionSet) -> Variant:
     if options.value("v2") and not _is_v2(file):
         message = f"--v2 was given, but this is a Stable Diffusion 1.x checkpoint (its text encoder lies below {_TEXT})"
         raise CheckpointError(str(file.path), message=message + "; leave --v2 out")
-    if _unet_shapes(file)["conv_in.weight"][1] == INPAINTING_CHANNELS and not _inpaints(options):
+    if unet.unet_shapes(file)["conv_in.weight"][1] == unet.INPAINTING_CHANNELS and not _inpaints(options):
         raise CheckpointError(str(file.path), message="is an inpainting model (9 channels); add --train_inpainting")
-    own = options.value("vae")
-    mark = "encoder.conv_in.weight"
-    if own and not any(name.endswith(mark) for name in open_model_file("--vae", own).names):
-        raise CheckpointError("--vae", own, f"holds no VAE (no tensor {mark}); name another file")
+    vae_file, vae_prefix = own_vae(options.value("vae")) or (file, VAE)
     sizes = {
         "U-Net": file.num_parameters(_UNET),
         "text encoder": file.num_parameters(_text_prefix(file)),
-        "VAE": open_model_file("--vae", own).num_parameters() if own else file.num_parameters(_VAE),
+        "VAE": vae_file.num_parameters(vae_prefix),
     }
     return replace(detect_variant(file, velocity=options.value("v_parameterization")), num_parameters=sizes)
 
@@ -146,9 +97,8 @@ def inspect(options: OptionSet) -> Variant:
 def identities(options: OptionSet) -> dict[str, str]:
     """Texts that change when the autoencoder or the text encoder is another one."""
     file = open_checkpoint(options.value("pretrained_model_name_or_path"))
-    own = options.value("vae")
-    vae = TensorFile(own).identity(_vae_prefix(own)) if own else file.identity(_VAE)
-    return {"vae": vae, "text": file.identity(_text_prefix(file))}
+    vae_file, vae_prefix = own_vae(options.value("vae")) or (file, VAE)
+    return {"vae": vae_file.identity(vae_prefix), "text": file.identity(_text_prefix(file))}
 
 
 def load_components(options: OptionSet, need: Need) -> Components:
@@ -160,17 +110,17 @@ def load_components(options: OptionSet, need: Need) -> Components:
     file = open_checkpoint(options.value("pretrained_model_name_or_path"))
     vae = None
     if need.vae:
-        own = options.value("vae")
-        vae_file, prefix = (TensorFile(own), _vae_prefix(own)) if own else (file, _VAE)
+        vae_file, prefix = own_vae(options.value("vae")) or (file, VAE)
         vae = load_vae(vae_file, prefix, dtype=need.vae_dtype, device=need.device)
     encoder = _load_text_encoder(file, need) if need.text_encoders else None
+    denoiser = load_unet(file, need, inpainting=_inpaints(options)) if need.denoiser else None
     return Components(
-        denoiser=(unet := load_unet(file, need, inpainting=_inpaints(options)) if need.denoiser else None),
+        denoiser=denoiser,
         vae=vae,
         text_encoders=[encoder],
         variant=detect_variant(file, velocity=options.value("v_parameterization")),
         source=file.path,
-        published_denoiser=None if unet is None else published_view(unet, "diffusers"),
+        published_denoiser=None if denoiser is None else published_view(denoiser, "diffusers"),
         published_text_encoders=[None if encoder is None else published_view(encoder, "clip")],
     )
 
@@ -181,11 +131,6 @@ def _load_text_encoder(file: TensorFile, need: Need) -> Any:
     # version 2.x reads the states before the last block of OpenCLIP's tower
     layers = highest_index(file.names, re.escape(_TEXT_V2) + r"transformer\.resblocks\.(\d+)\.") - 1
     return load_open_clip_text(file, _TEXT_V2, num_layers=layers, need=need, part="OpenCLIP text encoder")
-
-
-def _vae_prefix(path: str) -> str:
-    """Separate VAE files hold bare names or those of a whole checkpoint."""
-    return _VAE if any(name.startswith(_VAE) for name in TensorFile(path).names) else ""
 
 
 def model_spec(variant: Variant) -> dict[str, str]:

@@ -1,41 +1,34 @@
 """How Stable Diffusion 1.x and 2.x tokenize, encode, noise and predict."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from library.base.emphasis import weighted_parts
-from library.batch import Conditioning, StepInputs, TrainBatch
-from library.diffusion.ddpm import Ddpm
+from library.batch import Conditioning
 from library.diffusion.from_options import ddpm_process
-from library.diffusion.inpainting import draw_mask
-from library.modules import vae as autoencoder
 from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
 from library.options.schema import OptionSet
-from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, make_scheduler, no_tick, run_scheduler, sampler_names
 from library.strategy_base import (
-    DenoisingStrategy,
-    LatentsCachingStrategy,
     Strategies,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
-    guided,
+)
+from library.strategy_unet import (
+    ClipPrompts,
+    ImageSizes,
+    UnetDenoisingStrategy,
+    UnetLatentsCachingStrategy,
+    weighted_states,
 )
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 TOKENIZER_V2 = "stabilityai/stable-diffusion-2"  # gone from the hub; local copies have this name
 SCALE = 0.18215
-_WINDOW = 77  # tokens CLIP reads at once: BOS, 75 of text, EOS
-_BODY = 75
-_MOST_WINDOWS = 3  # of a sample prompt
 
 
 @dataclass(frozen=True)
@@ -46,87 +39,23 @@ class SdConditioning(Conditioning):
 
 
 class SdTokenizeStrategy(TokenizeStrategy):
-    """CLIP tokens, cut into windows of 77 when longer captions are allowed.
-
-    Args:
-        tokenizer: of CLIP.
-        max_token_length: of captions, without BOS and EOS; 75 when None.
-        weighted: whether captions may weight words, as in (word:1.2).
-    """
+    """CLIP's tokens; arguments as of `ClipPrompts`."""
 
     def __init__(self, tokenizer: Any, max_token_length: int | None, *, weighted: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.length = (max_token_length or _BODY) + 2
-        self.weighted = weighted
+        self.prompts = ClipPrompts(tokenizer, max_token_length, weighted=weighted)
 
     def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
         """Ids [B, N, 77] int64, N windows; with weighted captions then weights [B, N, 77] float32."""
-        if self.weighted:
-            return self._weighted(texts, self.length)
-        encoded = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        return [self._windows(encoded.input_ids)]
+        return self.prompts.captions(texts)
 
     def tokenize_prompt(self, text: str) -> list[Tensor]:
-        """As weighted captions, in as many windows as the text needs, at most three."""
-        parts = [self._body(part) for part, _ in weighted_parts(text)]
-        windows = min(_MOST_WINDOWS, max(1, -(-sum(map(len, parts)) // _BODY)))
-        return self._weighted([text], windows * _BODY + 2)
-
-    def _body(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _weighted(self, texts: Sequence[str], length: int) -> list[Tensor]:
-        start, end, pad = self._special()
-        ids = torch.full((len(texts), length), pad)
-        weights = torch.ones(len(texts), length)
-        for row, text in enumerate(texts):
-            tokens = [(token, weight) for part, weight in weighted_parts(text) for token in self._body(part)]
-            tokens = [(start, 1.0), *tokens[: length - 2], (end, 1.0)]
-            ids[row, : len(tokens)] = torch.tensor([token for token, _ in tokens])
-            weights[row, : len(tokens)] = torch.tensor([weight for _, weight in tokens])
-        return [self._windows(ids), split_windows(weights)]
-
-    def _special(self) -> tuple[int, int, int]:
-        """Ids of BOS, EOS and padding."""
-        tokenizer = self.tokenizer
-        return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-
-    def _windows(self, ids: Tensor) -> Tensor:
-        """Windows of token ids; where padding is no EOS, every window gets an EOS after its text."""
-        windows = split_windows(ids)
-        _, end, pad = self._special()
-        if windows.shape[1] == 1 or pad == end:
-            return windows
-        full = (windows[:, :, -2] != end) & (windows[:, :, -2] != pad)
-        windows[:, :, -1] = torch.where(full, end, windows[:, :, -1])
-        empty = windows[:, :, 1] == pad
-        windows[:, :, 1] = torch.where(empty, end, windows[:, :, 1])
-        return windows
+        """See `ClipPrompts.prompt`."""
+        return self.prompts.prompt(text)
 
     def check_vocabularies(self, encoders: Sequence[nn.Module | None]) -> None:
         """See the base class."""
         if encoders[0] is not None:
-            check_vocabulary(self.tokenizer, encoders[0].config.vocab_size, name="CLIP")
-
-
-def split_windows(ids: Tensor) -> Tensor:
-    """Token ids [B, L] -> windows [B, N, 77]: each has the BOS and the last id around 75 ids."""
-    if ids.shape[1] <= _WINDOW:
-        return ids[:, None]
-    starts = range(1, ids.shape[1] - _WINDOW + 2, _BODY)
-    windows = [torch.cat((ids[:, :1], ids[:, start : start + _BODY], ids[:, -1:]), dim=1) for start in starts]
-    return torch.stack(windows, dim=1)
-
-
-def join_windows(states: Tensor, windows: int) -> Tensor:
-    """Text states [B*N, 77, D] -> [B, 75*N+2, D]: the first BOS, the bodies, the last EOS."""
-    if windows == 1:
-        return states
-    states = states.unflatten(0, (-1, windows))
-    body = states[:, :, 1 : _BODY + 1].flatten(1, 2)
-    return torch.cat((states[:, 0, :1], body, states[:, -1, -1:]), dim=1)
+            check_vocabulary(self.prompts.tokenizer, encoders[0].config.vocab_size, name="CLIP")
 
 
 class SdTextEncodingStrategy(TextEncodingStrategy):
@@ -147,107 +76,24 @@ class SdTextEncodingStrategy(TextEncodingStrategy):
         else:
             output = encoder(flat, output_hidden_states=True)
             states = encoder.final_layer_norm(output.hidden_states[-self.clip_skip])
-        states = join_windows(states, ids.shape[1])
-        if len(tokens) > 1:
-            weights = join_windows(tokens[1].flatten(0, 1)[..., None], ids.shape[1])
-            states = states * weights.to(states)
-        return SdConditioning(hidden=states)
+        weights = tokens[1] if len(tokens) > 1 else None
+        return SdConditioning(hidden=weighted_states(states, weights, ids.shape[1]))
 
     def blocks(self, encoder: nn.Module) -> list[nn.Module]:
         """See the base class."""
         return list(encoder.encoder.layers)
 
 
-class SdLatentsCachingStrategy(LatentsCachingStrategy):
-    """Unscaled latents of the four-channel autoencoder."""
+class SdDenoisingStrategy(UnetDenoisingStrategy):
+    """Prediction of noise or velocity."""
 
-    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_mode(vae, images)
-
-    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_sample(vae, images, noise)
-
-
-class SdDenoisingStrategy(DenoisingStrategy):
-    """Prediction of noise or velocity with diffusers' U-Net."""
-
-    latent_channels = 4
-    spatial_factor = 8
-    sample_defaults = SampleDefaults(steps=30, scale=7.5)
-    gradient_inputs = frozenset({"input_tensor", "hidden_states"})
-
-    def __init__(self, process: Ddpm, sampler: str = "ddim", *, inpainting: bool = False) -> None:
-        self.process = process
-        self.sampler = sampler
-        self.sample_defaults = replace(
-            SdDenoisingStrategy.sample_defaults,
-            sampler=sampler,
-            samplers=sampler_names(zero_terminal=process.zero_terminal),
-            sampler_note="those that can follow --zero_terminal_snr" if process.zero_terminal else "",
-        )
-        self.inpainting = inpainting
-
-    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
-        """Residual and transformer blocks, in the order of the forward pass."""
-        return [m for m in denoiser.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
-
-    def scale_latents(self, latents: Tensor) -> Tensor:
-        """Unit variance, as the U-Net was trained."""
-        return latents * SCALE
-
-    def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.decode(vae, latents / SCALE)
-
-    def predict(self, denoiser: nn.Module, inputs: StepInputs, conditioning: Conditioning) -> Tensor:
-        """The predicted noise or velocity."""
-        seen = inputs.noisy if inputs.extra is None else torch.cat((inputs.noisy, inputs.extra), dim=1)
-        return _predict(denoiser, seen, inputs.timesteps, conditioning)
-
-    def extra_inputs(
-        self, batch: TrainBatch, generators: Sequence[torch.Generator], latents_of: Callable[[TrainBatch], Tensor]
-    ) -> Tensor | None:
-        """Inpainting models see the mask and the latents of what is kept: 1 + 4 channels."""
-        if not self.inpainting:
-            return None
-        assert batch.images is not None
-        size = batch.images.shape[-2], batch.images.shape[-1]
-        masks = torch.stack([draw_mask(generator, size) for generator in generators])[:, None]
-        kept = latents_of(replace(batch, images=batch.images * (1 - masks), latents=None))
-        return torch.cat((functional.interpolate(masks, size=kept.shape[-2:], mode="nearest"), kept), dim=1)
-
-    def sample_latents(
-        self,
-        denoiser: nn.Module,
-        request: SampleRequest,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        noise: Tensor,
-        generator: torch.Generator,
-        tick: Tick = no_tick,
+    def call(
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning, sizes: ImageSizes
     ) -> Tensor:
-        """See the base class."""
-
-        def predict(latents: Tensor, times: Tensor) -> Tensor:
-            if self.inpainting:  # everything is to be made, nothing is kept
-                latents = torch.cat((latents, torch.ones_like(latents[:, :1]), torch.zeros_like(latents)), dim=1)
-            wanted = _predict(denoiser, latents, times, positive)
-            unwanted = None if negative is None else _predict(denoiser, latents, times, negative)
-            return guided(wanted, unwanted, request.scale).float()
-
-        scheduler = make_scheduler(
-            request.sampler or self.sampler,
-            velocity=self.process.velocity,
-            zero_terminal=self.process.zero_terminal,
-        )
-        return run_scheduler(scheduler, predict, noise, request.steps, generator, tick)
-
-
-def _predict(denoiser: nn.Module, noisy: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-    dtype = next(denoiser.parameters()).dtype
-    return denoiser(noisy.to(dtype), times, conditioning.hidden.to(dtype)).sample
+        """See the base class; these models know nothing of sizes."""
+        del sizes
+        dtype = next(denoiser.parameters()).dtype
+        return denoiser(noisy.to(dtype), times, conditioning.hidden.to(dtype)).sample
 
 
 def _tokenizer(options: OptionSet, variant: Variant) -> Any:
@@ -269,12 +115,13 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
             tokenizer, options.value("max_token_length"), weighted=options.value("weighted_captions")
         ),
         text_encoding=SdTextEncodingStrategy(options.value("clip_skip")),
-        latents_caching=SdLatentsCachingStrategy(),
+        latents_caching=UnetLatentsCachingStrategy(),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(
             SdConditioning, (options.value("max_token_length"), options.value("clip_skip"), variant.name), {}
         ),
         denoising=SdDenoisingStrategy(
             ddpm_process(options),
+            SCALE,
             options.value("sample_sampler") or "ddim",
             inpainting=bool(options.values().get("train_inpainting")),
         ),

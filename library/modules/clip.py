@@ -16,6 +16,7 @@ from library.modules.components import Need
 from library.modules.loading import highest_index, load_module, merge_config
 
 _PUBLISHED = "text_model."
+_PROJECTION = "text_projection.weight"
 _HEAD_SIZE = 64
 
 
@@ -53,19 +54,24 @@ _JOINED = re.compile(r"attn\.in_proj_(weight|bias)$")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor of the tower lies in a file: all of a tensor, or one of three equal parts of its rows."""
+    """Where a tensor of the tower lies in a file: all of a tensor, one third of its rows, or its transposed."""
 
     name: str
     part: int | None = None
+    transposed: bool = False
 
     def shape(self, file: TensorFile) -> tuple[int, ...]:
         """Of the tensor, without reading it."""
         shape = file.shapes[self.name]
+        if self.transposed:
+            return tuple(reversed(shape))
         return shape if self.part is None else (shape[0] // 3, *shape[1:])
 
     def read(self, file: TensorFile) -> Tensor:
         """The tensor."""
         tensor = file.tensor(self.name)
+        if self.transposed:
+            return tensor.T.contiguous()
         return tensor if self.part is None else tensor.chunk(3, dim=0)[self.part]
 
 
@@ -103,6 +109,25 @@ def load_open_clip_text(file: TensorFile, prefix: str, *, num_layers: int, need:
     return _load_tower(file, stored, "gelu", need, part=part)
 
 
+def load_projected_open_clip_text(file: TensorFile, prefix: str, *, need: Need, part: str) -> nn.Module:
+    """An OpenCLIP text tower with its projection, as transformers' CLIPTextModelWithProjection.
+
+    OpenCLIP multiplies states by its `text_projection` from the right, so it holds the transposed of the linear layer's
+    weight; files that call the tensor `text_projection.weight` hold the layer's own.
+
+    Raises:
+        CheckpointError: there is no such tower below `prefix`, or it has no projection.
+    """
+    stored = open_clip_names(file.names, prefix)
+    if f"{prefix}text_projection" in file:
+        stored[_PROJECTION] = Stored(f"{prefix}text_projection", transposed=True)
+    elif f"{prefix}{_PROJECTION}" in file:
+        stored[_PROJECTION] = Stored(f"{prefix}{_PROJECTION}")
+    else:
+        raise CheckpointError(str(file.path), message=f"{part}: no tensor {prefix}text_projection; name a whole file")
+    return _load_tower(file, stored, "gelu", need, part=part)
+
+
 def load_clip_text(file: TensorFile, prefix: str, *, need: Need, part: str = "CLIP text encoder") -> nn.Module:
     """A ViT-L text tower (transformers' CLIPTextModel) from the tensors below `prefix`.
 
@@ -110,7 +135,7 @@ def load_clip_text(file: TensorFile, prefix: str, *, need: Need, part: str = "CL
     file is not used by this tower and left out.
     """
     stored = {_with_text_model(name.removeprefix(prefix)): name for name in file.names if name.startswith(prefix)}
-    skipped = (f"{_PUBLISHED}embeddings.position_ids", "text_projection.weight", "logit_scale")
+    skipped = (f"{_PUBLISHED}embeddings.position_ids", _PROJECTION, "logit_scale")
     stored = {name: original for name, original in stored.items() if name not in skipped}
     if f"{_PUBLISHED}embeddings.token_embedding.weight" not in stored:
         raise CheckpointError(
@@ -128,16 +153,20 @@ def _load_tower(
     *,
     part: str,
 ) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     shapes = KnownShapes({name: place.shape(file) for name, place in stored.items()}, file.path)
     inferred = {**clip_text_config(shapes), "hidden_act": activation}
+    projected = _PROJECTION in stored
+    if projected:
+        inferred["projection_dim"] = shapes[_PROJECTION][0]
     fixed = [key for key in inferred if key not in ("num_attention_heads", "hidden_act")]
     config = CLIPTextConfig(**merge_config(inferred, file, fixed=fixed), bos_token_id=None, eos_token_id=2)
-    # transformers 5 dropped the `text_model.` level inside CLIPTextModel
-    tensors = {name.removeprefix(_PUBLISHED): (lambda place=place: place.read(file)) for name, place in stored.items()}
+    # transformers 5 dropped the `text_model.` level inside CLIPTextModel, but not where a projection follows it
+    level = "" if projected else _PUBLISHED
+    tensors = {name.removeprefix(level): (lambda place=place: place.read(file)) for name, place in stored.items()}
     return load_module(
-        lambda: CLIPTextModel(config),
+        lambda: CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config),
         tensors,
         path=file.path,
         part=part,

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import KnownShapes, TensorFile
-from library.modules.loading import Reader, highest_index, load_module, merge_config, readers
+from library.modules.loading import Reader, highest_index, load_module, merge_config, open_model_file, readers
 
+PREFIX = "first_stage_model."  # in whole checkpoints
+_MARK = "encoder.conv_in.weight"
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
@@ -70,7 +72,7 @@ def load_vae(file: TensorFile, prefix: str, *, dtype: torch.dtype, device: torch
     from diffusers import AutoencoderKL
 
     bare = [name.removeprefix(prefix) for name in file.names if name.startswith(prefix)]
-    if "encoder.conv_in.weight" not in bare:
+    if _MARK not in bare:
         raise CheckpointError(
             str(file.path), message=f"holds no autoencoder (no encoder.conv_in below {prefix!r}); name another file"
         )
@@ -97,6 +99,23 @@ def load_vae(file: TensorFile, prefix: str, *, dtype: torch.dtype, device: torch
         dtype=dtype,
         device=device,
     )
+
+
+def own_vae(path: str | None) -> tuple[TensorFile, str] | None:
+    """The file of `--vae` and the prefix of its tensors; None where the model's own is used.
+
+    Such files hold bare names, or those of a whole checkpoint.
+
+    Raises:
+        CheckpointError: no such file, or it holds no autoencoder.
+    """
+    if not path:
+        return None
+    file = open_model_file("--vae", path)
+    for prefix in (PREFIX, ""):
+        if prefix + _MARK in file:
+            return file, prefix
+    raise CheckpointError("--vae", path, f"holds no VAE (no tensor {_MARK}); name another file")
 
 
 def _is_diffusers(names: Iterable[str]) -> bool:

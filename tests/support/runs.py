@@ -123,10 +123,12 @@ class Case:
         return folder / f"{name}.safetensors"
 
     def tensors(self, name: str) -> dict[str, Any]:
-        """As the reference's files held them: `final` is kept as its difference, `init` without tensors of zeros."""
-        stored, moved = load_file(self.file("init")), load_file(self.file("final"))
-        start = {key: stored.get(key, torch.zeros(value.shape)) for key, value in moved.items()}
-        return start if name == "init" else {key: start[key] + value.float() for key, value in moved.items()}
+        """As the reference's files held them: `init` is kept without tensors of zeros, `final` often as differences."""
+        stored, end = load_file(self.file("init")), load_file(self.file("final"))
+        start = {key: stored.get(key, torch.zeros(value.shape)) for key, value in end.items()}
+        if name == "init":
+            return start
+        return {key: start[key] + value if value.dtype == torch.float16 else value for key, value in end.items()}
 
     def script_and_arguments(self, inputs: Inputs, work: Path) -> tuple[str, list[str]]:
         """The recorded command with our folders, replaying the record from the recorded start."""

@@ -1,10 +1,20 @@
-"""diffusers' U-Net for Stable Diffusion: names of both layouts, sizes from shapes."""
+"""diffusers' U-Net from a checkpoint in the original layout: names of both layouts, sizes from shapes, loading."""
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from library.modules.loading import highest_index
+import torch
+from torch import Tensor
+
+from library.base.safetensors_io import KnownShapes, TensorFile
+from library.modules.components import Need
+from library.modules.loading import highest_index, load_module, merge_config
+
+PREFIX = "model.diffusion_model."
+INPAINTING_CHANNELS = 9  # noisy latents 4, mask 1, latents of what is kept 4
+NUM_SIZE_FEATURES = 6 * 256  # of a vector input: sinusoids of six numbers that tell of sizes
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -86,6 +96,13 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     ]
     linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
     up = list(reversed(attended))
+    vector = {}
+    if "add_embedding.linear_1.weight" in shapes:
+        vector = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shapes["add_embedding.linear_1.weight"][1],
+        }
     return {
         "in_channels": shapes["conv_in.weight"][1],
         "out_channels": shapes["conv_out.weight"][0],
@@ -97,4 +114,66 @@ def unet_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "transformer_layers_per_block": depth,
         "use_linear_projection": linear,
         "attention_head_dim": [max(1, count // 64) for count in channels] if linear else 8,
+        **vector,
     }
+
+
+def unet_tensors(file: TensorFile) -> dict[str, str]:
+    """diffusers name -> name in the file."""
+    bare = [name.removeprefix(PREFIX) for name in file.names if name.startswith(PREFIX)]
+    return {ours: PREFIX + theirs for ours, theirs in unet_names(bare).items()}
+
+
+def unet_shapes(file: TensorFile) -> KnownShapes:
+    """Shapes by diffusers name."""
+    return KnownShapes({ours: file.shapes[theirs] for ours, theirs in unet_tensors(file).items()}, file.path)
+
+
+def load_unet(file: TensorFile, need: Need, *, inpainting: bool = False, **changes: Any) -> Any:
+    """diffusers' UNet2DConditionModel with the checkpoint's weights.
+
+    With `inpainting` it takes nine channels; those that the file does not have begin at zero.
+
+    Args:
+        file: the checkpoint.
+        need: number format and place.
+        inpainting: whether the model sees a mask and what is kept.
+        changes: arguments of the U-Net that differ from what the shapes say.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen tensors.
+    """
+    from diffusers import UNet2DConditionModel
+
+    config = merge_config(
+        unet_config(unet_shapes(file)),
+        file,
+        fixed=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "layers_per_block"),
+    )
+    config |= changes
+    if inpainting:
+        config["in_channels"] = INPAINTING_CHANNELS
+    reading = partial(
+        _read_unet_tensor,
+        file,
+        in_channels=config["in_channels"],
+        convolutions=not config["use_linear_projection"],
+    )
+    return load_module(
+        lambda: UNet2DConditionModel(**config),
+        {ours: partial(reading, ours, theirs) for ours, theirs in unet_tensors(file).items()},
+        path=file.path,
+        part="U-Net",
+        dtype=need.dtype,
+        device=need.place_of_denoiser,
+        prepare=need.prepare_denoiser,
+    )
+
+
+def _read_unet_tensor(file: TensorFile, ours: str, theirs: str, *, in_channels: int, convolutions: bool) -> Tensor:
+    tensor = file.tensor(theirs)
+    if ours == "conv_in.weight" and tensor.shape[1] < in_channels:
+        missing = tensor.new_zeros(tensor.shape[0], in_channels - tensor.shape[1], *tensor.shape[2:])
+        return torch.cat((tensor, missing), dim=1)
+    projects = ours.endswith((".proj_in.weight", ".proj_out.weight"))
+    return tensor[:, :, None, None] if projects and convolutions and tensor.ndim == 2 else tensor
