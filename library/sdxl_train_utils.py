@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, TextSpec
+from library.family import Family, LatentSpec, Ref, TextSpec
 from library.options.attention import DiffusersAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
@@ -48,6 +48,7 @@ FAMILY = Family(
     title="Stable Diffusion XL",
     process="ddpm",
     tasks=frozenset({"network", "full", "control_net", "lllite", "textual_inversion", "leco"}),
+    available_tasks=frozenset({"network"}),
     task_option_groups={
         "network": (InpaintingOptions,),
         "full": (
@@ -75,4 +76,10 @@ FAMILY = Family(
     text=TextSpec(
         cache_suffix="_te_outputs", arrays={"hidden_state1": "float", "hidden_state2": "float", "pool2": "float"}
     ),
+    default_network="networks.lora",
+    inspect=Ref("library.sdxl_utils:inspect"),
+    load=Ref("library.sdxl_utils:load_components"),
+    identities=Ref("library.sdxl_utils:identities"),
+    strategies=Ref("library.strategy_sdxl:build_strategies"),
+    model_spec=Ref("library.sdxl_utils:model_spec"),
 )

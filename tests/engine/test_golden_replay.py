@@ -14,6 +14,8 @@ CASES = [
     "sd15_opt_vpred_zsnr",
     "sd15_opt_polynomial_accum",
     "sd2_lora_b2_cache",
+    "sdxl_lora_b1",
+    "sdxl_lora_b2_cache_disk",
     "flux_lora_dims_weighting",
     "flux_lora_flux_shift_t5lora",
     "sd15_lora_b1",
