@@ -75,14 +75,33 @@ def _layer_norm(dim: int) -> nn.LayerNorm:
 
 
 class DoubleStreamBlock(nn.Module):
-    """A block in which image and text keep weights of their own and attend to each other."""
+    """A block in which image and text keep weights of their own and attend to each other.
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qkv_bias: bool) -> None:
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        mlp_ratio: width of the MLPs in units of D.
+        qkv_bias: whether queries, keys and values have a bias.
+        modulations: what makes the six vectors of the image and of the text, each from what the block is given as
+            `vec`; projections of a conditioning vector when None.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        qkv_bias: bool,
+        modulations: tuple[nn.Module, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         mlp = int(hidden_size * mlp_ratio)
         self.attend = attend
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(hidden_size, double=True))
+        if modulations is None:
+            modulations = Modulation(hidden_size, double=True), Modulation(hidden_size, double=True)
+        for stream, modulation in zip(("img", "txt"), modulations, strict=True):
+            self.add_module(f"{stream}_mod", modulation)
             self.add_module(f"{stream}_norm1", _layer_norm(hidden_size))
             self.add_module(f"{stream}_attn", SelfAttention(hidden_size, num_heads, qkv_bias=qkv_bias))
             self.add_module(f"{stream}_norm2", _layer_norm(hidden_size))
@@ -109,9 +128,11 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """A block over the joined sequence, attention and MLP side by side."""
+    """A block over the joined sequence, attention and MLP side by side; arguments as of `DoubleStreamBlock`."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, *, modulation: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attend = attend
@@ -122,7 +143,7 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.pre_norm = _layer_norm(hidden_size)
         self.mlp_act = nn.GELU(approximate="tanh")
-        self.modulation = Modulation(hidden_size, double=False)
+        self.modulation = modulation or Modulation(hidden_size, double=False)
 
     def forward(self, x: Tensor, vec: Tensor, rotations: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, T+L, D], vec [B, D]; rotations and mask as in `DoubleStreamBlock`."""

@@ -37,6 +37,8 @@ class FluxOptions:
         yield from at_least(0, guidance_scale=self.guidance_scale)
         if self.model_type == "chroma" and not self.apply_t5_attn_mask:
             yield Problem("--model_type", "Chroma needs --apply_t5_attn_mask", "chroma")
+        if self.model_type == "chroma" and self.guidance_scale != 0:
+            yield Problem("--guidance_scale", "Chroma is trained with guidance 0; give --guidance_scale 0")
 
 
 @dataclass(frozen=True, kw_only=True)

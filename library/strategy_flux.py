@@ -1,4 +1,4 @@
-"""How FLUX.1 tokenizes, encodes, noises and predicts."""
+"""How FLUX.1 and Chroma tokenize, encode, noise and predict."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +33,8 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 T5_TOKENIZER = "google/t5-v1_1-xxl"
 SCALE = 0.3611
 SHIFT = 0.1159
-_T5_LENGTH = {"dev": 512, "schnell": 256}
+_T5_LENGTH = {"dev": 512, "schnell": 256, "chroma": 512}
+_CHROMA_SCALE = 4.0  # classifier-free guidance of its samples: the model was not distilled with guidance
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FluxConditioning(Conditioning):
 
 
 class FluxTokenizeStrategy(TokenizeStrategy):
-    """CLIP-L and T5 tokens, padded to their full length."""
+    """CLIP-L and T5 tokens, padded to their full length; without a CLIP tokenizer its ids have no columns."""
 
     def __init__(self, clip: Any, t5: Any, t5_length: int) -> None:
         self.clip = clip
@@ -56,9 +57,10 @@ class FluxTokenizeStrategy(TokenizeStrategy):
     def tokenize(self, texts: Sequence[str]) -> list[Tensor]:
         """CLIP ids [B, 77], T5 ids [B, T], T5 mask [B, T]."""
         padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        clip = self.clip(list(texts), max_length=77, **padded)
+        empty = torch.zeros(len(texts), 0, dtype=torch.int64)
+        clip = empty if self.clip is None else self.clip(list(texts), max_length=77, **padded).input_ids
         t5 = self.t5(list(texts), max_length=self.t5_length, **padded)
-        return [clip.input_ids, t5.input_ids, t5.attention_mask]
+        return [clip, t5.input_ids, t5.attention_mask]
 
     def check_vocabularies(self, encoders: Sequence[nn.Module | None]) -> None:
         """See the base class."""
@@ -116,8 +118,8 @@ class FluxTextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """Besides the fields: position ids of the text, which are all zero."""
 
     def pack(self, conditioning: Conditioning) -> dict[str, Tensor]:
-        """See the base class."""
-        arrays = super().pack(conditioning)
+        """See the base class. Without CLIP the pooled state is a table of zeros, as other programs write it."""
+        arrays = {"l_pooled": torch.zeros(77, 1), **super().pack(conditioning)}
         return {**arrays, "txt_ids": torch.zeros(arrays["t5_out"].shape[0], 3)}
 
 
@@ -130,7 +132,7 @@ class FluxDenoisingStrategy(DenoisingStrategy):
         prediction_type: `raw` compares the output itself; `additive` output + noisy; `sigma_scaled`
             noisy - sigma * output.
         apply_t5_attn_mask: whether padding tokens of the text are masked in attention.
-        distilled: whether the model reads the guidance vector.
+        variant: dev reads the guidance vector; schnell does not; Chroma always gets the one of its training.
     """
 
     latent_channels = 16
@@ -152,15 +154,17 @@ class FluxDenoisingStrategy(DenoisingStrategy):
         guidance: float,
         prediction_type: str,
         apply_t5_attn_mask: bool,
-        distilled: bool = True,
+        variant: str = "dev",
     ) -> None:
         self.process = process
         self.guidance = guidance
         self.prediction_type = prediction_type
         self.apply_t5_attn_mask = apply_t5_attn_mask
-        if not distilled:
+        if variant != "dev":
             defaults = FluxDenoisingStrategy.sample_defaults
-            self.sample_defaults = replace(defaults, guidance=None, reads=defaults.reads - {"guidance_scale"})
+            scale = _CHROMA_SCALE if variant == "chroma" else defaults.scale
+            reads = defaults.reads - {"guidance_scale"}
+            self.sample_defaults = replace(defaults, guidance=None, scale=scale, reads=reads)
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """Double blocks, then single blocks."""
@@ -187,7 +191,7 @@ class FluxDenoisingStrategy(DenoisingStrategy):
             text,
             torch.zeros(batch, text.shape[1], 3, device=noisy.device),
             sigmas,
-            conditioning.l_pooled.to(dtype),
+            None if conditioning.l_pooled is None else conditioning.l_pooled.to(dtype),
             guidance=torch.full((batch,), guidance, device=noisy.device),
             txt_mask=conditioning.t5_attn_mask if self.apply_t5_attn_mask else None,
         )
@@ -237,13 +241,12 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     """The strategies of a run with these options."""
     masked = options.value("apply_t5_attn_mask")
     cache_dir = options.value("tokenizer_cache_dir")
-    files = {name: Path(options.value(name)) for name in ("clip_l", "t5xxl")}
-    clip = load_tokenizer(
-        "CLIPTokenizer", CLIP_TOKENIZER, cache_dir=cache_dir, beside=(files["clip_l"].parent / "tokenizer",)
-    )
-    t5 = load_tokenizer(
-        "T5Tokenizer", T5_TOKENIZER, cache_dir=cache_dir, beside=(files["t5xxl"].parent / "tokenizer_2",)
-    )
+    clip = None
+    if variant.name != "chroma":
+        beside = Path(options.value("clip_l")).parent / "tokenizer"
+        clip = load_tokenizer("CLIPTokenizer", CLIP_TOKENIZER, cache_dir=cache_dir, beside=(beside,))
+    beside = Path(options.value("t5xxl")).parent / "tokenizer_2"
+    t5 = load_tokenizer("T5Tokenizer", T5_TOKENIZER, cache_dir=cache_dir, beside=(beside,))
     length = options.value("t5xxl_max_token_length") or _T5_LENGTH[variant.name]
     return Strategies(
         tokenize=FluxTokenizeStrategy(clip, t5, length),
@@ -257,7 +260,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
             guidance=options.value("guidance_scale"),
             prediction_type=options.value("model_prediction_type"),
             apply_t5_attn_mask=masked,
-            distilled=variant.name != "schnell",
+            variant=variant.name,
         ),
         conditioning=FluxConditioning,
     )

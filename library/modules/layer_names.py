@@ -4,6 +4,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 Parts = Callable[[int, int], tuple[int, ...]]
 """(input size, output size) of a fused layer -> output sizes of its parts."""
 
@@ -11,6 +14,12 @@ Parts = Callable[[int, int], tuple[int, ...]]
 def thirds(in_features: int, out_features: int) -> tuple[int, ...]:  # noqa: ARG001 - the signature of Parts
     """Query, key and value rows of equal number."""
     return (out_features // 3,) * 3
+
+
+def grouped(in_features: int, out_features: int) -> tuple[int, ...]:
+    """Query, key and value rows where keys and values have fewer heads; queries have the input's size."""
+    rest = (out_features - in_features) // 2
+    return in_features, rest, rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +46,18 @@ def find_rule(rules: Iterable[LayerRule], path: str) -> tuple[LayerRule, tuple[s
         if match is not None:
             return rule, tuple(match.expand(name) for name in rule.names)
     return None
+
+
+def layer_parts(rule: LayerRule, weight: Tensor, in_features: int) -> tuple[Tensor, ...]:
+    """A layer's weight or bias [O, ...] as diffusers holds it: in parts, or with its halves exchanged.
+
+    Args:
+        rule: of the layer.
+        weight: [O, ...].
+        in_features: input size of the layer.
+    """
+    if rule.swapped:
+        return (torch.cat(tuple(reversed(weight.chunk(2, dim=0)))),)
+    if len(rule.names) == 1:
+        return (weight,)
+    return weight.split(rule.parts(in_features, weight.shape[0]))

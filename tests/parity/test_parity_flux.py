@@ -1,7 +1,6 @@
 """FLUX.1: our transformer, the autoencoder and the text encoders against diffusers and transformers."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -11,77 +10,22 @@ from library.base.safetensors_io import TensorFile, load_file
 from library.flux_models import Flux, FluxParams, image_ids, pack_latents, unpack_latents
 from library.modules.clip import load_clip_text
 from library.modules.components import Need
+from library.modules.layer_names import find_rule, layer_parts
 from library.modules.t5 import load_t5_encoder
 from library.modules.vae import decode, encode_mode, load_vae
 
 pytestmark = pytest.mark.parity
 
 
-def swapped(tensor):
-    first, second = tensor.chunk(2)
-    return torch.cat((second, first))
-
-
-def to_diffusers(state, hidden):
-    """Our (published) names to diffusers' names."""
+def to_diffusers(state):
+    """Our (published) names to diffusers' names, by the table that exports use."""
     result = {}
-    top = {
-        "img_in": "x_embedder",
-        "txt_in": "context_embedder",
-        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": "norm_out.linear",
-    }
-    double = {
-        "img_mod.lin": "norm1.linear",
-        "txt_mod.lin": "norm1_context.linear",
-        "img_attn.proj": "attn.to_out.0",
-        "txt_attn.proj": "attn.to_add_out",
-        "img_mlp.0": "ff.net.0.proj",
-        "img_mlp.2": "ff.net.2",
-        "txt_mlp.0": "ff_context.net.0.proj",
-        "txt_mlp.2": "ff_context.net.2",
-        "img_attn.norm.query_norm": "attn.norm_q",
-        "img_attn.norm.key_norm": "attn.norm_k",
-        "txt_attn.norm.query_norm": "attn.norm_added_q",
-        "txt_attn.norm.key_norm": "attn.norm_added_k",
-    }
-    split = {
-        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    }
-    single = {
-        "modulation.lin": "norm.linear",
-        "linear2": "proj_out",
-        "norm.query_norm": "attn.norm_q",
-        "norm.key_norm": "attn.norm_k",
-    }
     for name, tensor in state.items():
-        module, leaf = name.rsplit(".", 1)
-        leaf = "weight" if leaf == "scale" else leaf
-        if match := re.match(r"double_blocks\.(\d+)\.(.*)", module):
-            prefix = f"transformer_blocks.{match[1]}."
-            if match[2] in split:
-                for part, chunk in zip(split[match[2]], tensor.chunk(3)):
-                    result[f"{prefix}{part}.{leaf}"] = chunk
-            else:
-                result[f"{prefix}{double[match[2]]}.{leaf}"] = tensor
-        elif match := re.match(r"single_blocks\.(\d+)\.(.*)", module):
-            prefix = f"single_transformer_blocks.{match[1]}."
-            if match[2] == "linear1":
-                sizes = [hidden] * 3 + [tensor.shape[0] - 3 * hidden]
-                for part, chunk in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), tensor.split(sizes)):
-                    result[f"{prefix}{part}.{leaf}"] = chunk
-            else:
-                result[f"{prefix}{single[match[2]]}.{leaf}"] = tensor
-        else:
-            value = swapped(tensor) if module == "final_layer.adaLN_modulation.1" else tensor
-            result[f"{top[module]}.{leaf}"] = value
+        path, leaf = name.rsplit(".", 1)
+        rule, names = find_rule(flux_utils.DIFFUSERS_LAYERS, path)
+        inputs = state.get(f"{path}.weight", tensor).shape[-1]
+        for theirs, part in zip(names, layer_parts(rule, tensor, inputs), strict=True):
+            result[f"{theirs}.{'weight' if leaf == 'scale' else leaf}"] = part
     return result
 
 
@@ -100,7 +44,7 @@ def diffusers_model(ours: Flux):
         guidance_embeds=p.guidance_embed,
         axes_dims_rope=p.axes_dim,
     )
-    model.load_state_dict(to_diffusers(ours.state_dict(), p.hidden_size))
+    model.load_state_dict(to_diffusers(ours.state_dict()))
     return model.eval()
 
 
@@ -169,6 +113,76 @@ def test_gradients_equal_diffusers(transformer):
     close(weight.grad, other.grad)
     weight.grad = None
     weight.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def chroma(inputs):
+    file, prefix = flux_utils.open_transformer(inputs.model("chroma"))
+    return flux_utils.load_transformer(file, prefix, Need())
+
+
+def diffusers_chroma(ours):
+    from diffusers import ChromaTransformer2DModel
+
+    p = ours.params
+    approximator = ours.distilled_guidance_layer
+    model = ChromaTransformer2DModel(
+        in_channels=p.in_channels,
+        num_layers=p.depth,
+        num_single_layers=p.depth_single_blocks,
+        attention_head_dim=p.hidden_size // p.num_heads,
+        num_attention_heads=p.num_heads,
+        joint_attention_dim=p.context_in_dim,
+        axes_dims_rope=p.axes_dim,
+        approximator_num_channels=approximator.in_proj.in_features,
+        approximator_hidden_dim=approximator.in_proj.out_features,
+        approximator_layers=len(approximator.layers),
+    )
+    model.load_state_dict(to_diffusers(ours.state_dict()))
+    for norm in model.distilled_guidance_layer.norms:
+        norm.eps = 1e-6  # diffusers leaves it at the format's own epsilon
+    return model.eval()
+
+
+def call_diffusers_chroma(model, given, mask):
+    seen = torch.arange(mask.shape[1])[None] <= mask.sum(dim=1, keepdim=True)
+    image = torch.ones(given["img"].shape[:2], dtype=torch.bool)
+    return model(
+        hidden_states=given["img"],
+        img_ids=given["img_ids"][0],
+        encoder_hidden_states=given["txt"],
+        txt_ids=given["txt_ids"][0],
+        timestep=given["times"],
+        attention_mask=torch.cat((seen, image), dim=1),
+        return_dict=False,
+    )[0]
+
+
+def test_chroma_equals_diffusers(chroma):
+    """Of each text's padding one token is seen; forward and one gradient."""
+    theirs, given = diffusers_chroma(chroma), random_inputs(chroma.params) | {"guidance": torch.zeros(2)}
+    mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+    weight = chroma.single_blocks[0].linear1.weight.requires_grad_()
+    other = theirs.requires_grad_(False).single_transformer_blocks[0].proj_mlp.weight.requires_grad_()
+    ours, reference = chroma(**given, txt_mask=mask), call_diffusers_chroma(theirs, given, mask)
+    close(ours, reference)
+    target = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * target).sum().backward()
+    (reference * target).sum().backward()
+    close(weight.grad[-other.shape[0] :], other.grad)
+    weight.requires_grad_(False).grad = None
+
+
+def test_chroma_reads_guidance_and_one_padding_token(chroma):
+    given = random_inputs(chroma.params) | {"guidance": torch.zeros(2)}
+    mask = torch.tensor([[1] * 7, [1] * 3 + [0] * 4])
+    plain = chroma(**given, txt_mask=mask)
+    assert not torch.allclose(plain, chroma(**given | {"guidance": torch.full((2,), 3.5)}, txt_mask=mask), atol=1e-2)
+    other = given["txt"].clone()
+    other[1, 4:] = 5.0
+    assert torch.equal(plain, chroma(**given | {"txt": other}, txt_mask=mask))
+    other[1, 3] = 5.0
+    assert not torch.allclose(plain[1], chroma(**given | {"txt": other}, txt_mask=mask)[1], atol=1e-3)
 
 
 def test_packing_round_trip():
