@@ -46,6 +46,30 @@ class TextSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportPart:
+    """The names that other programs have for one part of the model in adapter files.
+
+    Attributes:
+        prefixes: starts of our names.
+        part: "denoiser" or "text_encoder:<index>".
+        diffusers: component of diffusers' pipeline; None where its loaders read no adapters of the part.
+        comfy: start of ComfyUI's names; None where it reads ours.
+        layers: reference to the table of LayerRule of diffusers' names, or to a function that makes it for a variant;
+            None where diffusers has the layer's own names.
+        comfy_layers: the same for ComfyUI; None where it has the published names.
+        published_names: whether diffusers' names are the published ones, not those inside its module.
+    """
+
+    prefixes: tuple[str, ...]
+    part: str
+    diffusers: str | None
+    comfy: str | None = None
+    layers: Ref | None = None
+    comfy_layers: Ref | None = None
+    published_names: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommandLine:
     """The flags of one script: groups and how they deviate from their declaration."""
 
@@ -90,6 +114,8 @@ class InferenceSpec:
         denoiser_format: flag of the denoiser's number format.
         vae_format: flag of the VAE's.
         encoder_formats: flags of the text encoders', in their order.
+        shared: values of hidden shared flags, where the family's own flags say them.
+        names: these flags -> what the family calls them.
     """
 
     option_groups: tuple[type, ...]
@@ -101,6 +127,8 @@ class InferenceSpec:
     denoiser_format: str | None = None
     vae_format: str | None = None
     encoder_formats: tuple[str, ...] = ()
+    shared: Callable[[OptionSet], Mapping[str, Any]] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def no_problems(options: OptionSet, task: str) -> Iterable[Problem]:  # noqa: ARG001 - the signature of Family.check
@@ -141,6 +169,7 @@ class Family:
         model_spec: reference to the function that names the architecture in saved files.
         metadata_keys: family flags that metadata repeats as `ss_<flag>`.
         inference: the script that makes images without training; None where there is none.
+        exports: names of the model's parts in other programs' adapter files.
     """
 
     name: str
@@ -171,6 +200,7 @@ class Family:
     model_spec: Ref | None = None
     metadata_keys: tuple[str, ...] = ()
     inference: InferenceSpec | None = None
+    exports: tuple[ExportPart, ...] = ()
 
     def command_line(self, task: str, preset: str | None = None) -> CommandLine:
         """The flags of the script for (task, preset)."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, InferenceSpec, LatentSpec, Ref, TextSpec
+from library.family import ExportPart, Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.caching import TextCachingOptions
 from library.options.checks import network_argument, text_caching_problems
 from library.options.control_net import ControlNetOptions
@@ -154,6 +154,25 @@ FAMILY = Family(
         "sigmoid_scale",
         "model_prediction_type",
         "discrete_flow_shift",
+    ),
+    exports=(
+        ExportPart(
+            prefixes=("lora_unet",),
+            part="denoiser",
+            diffusers="transformer",
+            comfy="diffusion_model",
+            layers=Ref("library.flux_utils:DIFFUSERS_LAYERS"),
+        ),
+        ExportPart(
+            prefixes=("lora_te1",),
+            part="text_encoder:0",
+            diffusers="text_encoder",
+            comfy="text_encoders.clip_l.transformer",
+            published_names=True,
+        ),
+        ExportPart(
+            prefixes=("lora_te3",), part="text_encoder:1", diffusers=None, comfy="text_encoders.t5xxl.transformer"
+        ),
     ),
     inference=InferenceSpec(
         option_groups=(FluxInferenceOptions,),

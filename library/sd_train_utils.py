@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, Ref
+from library.family import ExportPart, Family, LatentSpec, Ref
 from library.options.attention import DiffusersAttentionOptions
 from library.options.caching import CachingOptions
 from library.options.checks import text_caching_problems
@@ -72,4 +72,15 @@ FAMILY = Family(
     identities=Ref("library.sd_utils:identities"),
     strategies=Ref("library.strategy_sd:build_strategies"),
     model_spec=Ref("library.sd_utils:model_spec"),
+    exports=(
+        ExportPart(
+            prefixes=("lora_unet",),
+            part="denoiser",
+            diffusers="unet",
+            layers=Ref("library.sd_utils:diffusers_layers"),
+        ),
+        ExportPart(
+            prefixes=("lora_te", "lora_te1"), part="text_encoder:0", diffusers="text_encoder", published_names=True
+        ),
+    ),
 )

@@ -9,6 +9,7 @@ from library.base.safetensors_io import TensorFile
 from library.modules import unet
 from library.modules.clip import load_clip_text, load_open_clip_text
 from library.modules.components import Components, Need, Variant
+from library.modules.layer_names import LayerRule
 from library.modules.loading import highest_index, open_model_file
 from library.modules.published_view import published_view
 from library.modules.vae import PREFIX as VAE
@@ -131,6 +132,12 @@ def _load_text_encoder(file: TensorFile, need: Need) -> Any:
     # version 2.x reads the states before the last block of OpenCLIP's tower
     layers = highest_index(file.names, re.escape(_TEXT_V2) + r"transformer\.resblocks\.(\d+)\.") - 1
     return load_open_clip_text(file, _TEXT_V2, num_layers=layers, need=need, part="OpenCLIP text encoder")
+
+
+def diffusers_layers(variant: Variant) -> tuple[LayerRule, ...]:
+    """Names of the U-Net's layers in diffusers: our own; projections of version 2.x are linear there."""
+    flat = LayerRule(pattern=r"(.*\.proj_(?:in|out))", names=(r"\1",), flat=True)
+    return (*((flat,) if variant.name == "v2" else ()), LayerRule(pattern="(.*)", names=(r"\1",)))
 
 
 def model_spec(variant: Variant) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, Ref, TextSpec
+from library.family import ExportPart, Family, LatentSpec, Ref, TextSpec
 from library.options.attention import DiffusersAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
@@ -82,4 +82,9 @@ FAMILY = Family(
     identities=Ref("library.sdxl_utils:identities"),
     strategies=Ref("library.strategy_sdxl:build_strategies"),
     model_spec=Ref("library.sdxl_utils:model_spec"),
+    exports=(
+        ExportPart(prefixes=("lora_unet",), part="denoiser", diffusers="unet"),
+        ExportPart(prefixes=("lora_te1",), part="text_encoder:0", diffusers="text_encoder", published_names=True),
+        ExportPart(prefixes=("lora_te2",), part="text_encoder:1", diffusers="text_encoder_2", published_names=True),
+    ),
 )

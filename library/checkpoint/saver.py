@@ -1,7 +1,7 @@
 """When results are saved, under which names, and which old ones go."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,11 @@ def averaged(path: Path) -> Path:
     return path.with_name(f"{path.stem}-ema{path.suffix}")
 
 
+def dialect_path(path: Path, dialect: str) -> Path:
+    """Name of a result in the names of another program, beside it."""
+    return path.with_name(f"{path.stem}-{dialect}.safetensors")
+
+
 Write = Callable[[Path, int, int], None]
 
 
@@ -69,9 +74,13 @@ class Saver:
         names: file names.
         num_epochs: epochs of the run.
         write: writes a result: (path, step, epoch).
+        dialects: in which each result is written too.
     """
 
-    def __init__(self, options: SavingOptions, names: Names, num_epochs: int, write: Write) -> None:
+    def __init__(
+        self, options: SavingOptions, names: Names, num_epochs: int, write: Write, dialects: Sequence[str] = ()
+    ) -> None:
+        self.dialects = tuple(dialects)
         self.options = options
         self.names = names
         self.num_epochs = num_epochs
@@ -131,11 +140,18 @@ class Saver:
         if path not in self.saved:
             self.saved.append(path)
 
+    def _beside(self, path: Path) -> Iterator[Path]:
+        """Files that were saved together with a result."""
+        yield averaged(path)
+        for dialect in self.dialects:
+            yield from (dialect_path(path, dialect), dialect_path(averaged(path), dialect))
+
     def _remove(self, path: Path, number: int) -> None:
         """The new result is complete under its name before an old one goes."""
         if number >= 0 and path.is_file():
             path.unlink()
-            averaged(path).unlink(missing_ok=True)
+            for other in self._beside(path):
+                other.unlink(missing_ok=True)
             self.saved = [kept for kept in self.saved if kept != path]
             logger.info("removed the old result %s", path)
 

@@ -31,12 +31,16 @@ class LayerRule:
         names: diffusers paths, with the pattern's groups; several where diffusers splits the layer's rows.
         parts: output sizes of a layer that is split.
         swapped: whether the two halves of the rows change places (shift, scale -> scale, shift).
+        flat: whether a convolution of one pixel is a linear layer in diffusers.
+        component: of diffusers' pipeline that has the layer, where it is not the model part's own.
     """
 
     pattern: str
     names: tuple[str, ...]
     parts: Parts = thirds
     swapped: bool = False
+    flat: bool = False
+    component: str = ""
 
 
 def find_rule(rules: Iterable[LayerRule], path: str) -> tuple[LayerRule, tuple[str, ...]] | None:

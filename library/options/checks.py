@@ -99,9 +99,6 @@ def text_caching_problems(options: OptionSet, *, trains_cached_encoders: bool = 
             yield Problem(f"--{name}", f"needs --cache_caption_variants with {flag}: captions change at every visit")
     if captions is not None and captions.token_warmup_step:
         yield Problem("--token_warmup_step", f"cannot be combined with {flag}: captions grow while training")
-    loss = options.get(SnrLossOptions)
-    if loss is not None and loss.weighted_captions:
-        yield Problem("--weighted_captions", f"cannot be combined with {flag}")
 
 
 def network_argument(options: OptionSet, name: str) -> str | None:

@@ -24,7 +24,6 @@ CONFLICTS: tuple[tuple[str, dict[str, object], str], ...] = (
     ("face_crop_aug_range", {"cache_latents": True}, "not with cached latents"),
     ("shuffle_caption", {"cache_text_encoder_outputs": True}, "with cached text needs `--cache_caption_variants`"),
     ("token_warmup_step", {"cache_text_encoder_outputs": True}, "not with cached text"),
-    ("weighted_captions", {"cache_text_encoder_outputs": True}, "not with cached text"),
     ("validate_at_first", {}, "needs a validation split"),
     ("save_best", {}, "needs a validation split"),
     ("sample_at_first", {}, "needs `--sample_prompts`"),

@@ -10,6 +10,9 @@ from library.options.ranges import above, at_least, exclusive, share
 from library.options.schema import option
 
 
+DIALECTS = ("comfy", "diffusers")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """Network: the adapter that is trained."""
@@ -32,10 +35,18 @@ class NetworkOptions:
     base_weights_multiplier: list[float] | None = option(
         None, help="strength of each of --base_weights, 1 when not given"
     )
+    save_also_as: str | None = option(
+        None, help="further files beside each saved adapter, in the names of other programs: comfy, diffusers, or both"
+    )
     unet_lr: float | None = option(None, help="learning rate of the denoiser's part")
     text_encoder_lr: list[float] | None = option(
         None, help="learning rate of the text encoders' part, or one per encoder"
     )
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """What `--save_also_as` names."""
+        return tuple(dict.fromkeys(name.strip() for name in (self.save_also_as or "").split(",") if name.strip()))
 
     def problems(self) -> Iterator[Problem]:
         """Checks that need this group only."""
@@ -46,6 +57,10 @@ class NetworkOptions:
         yield from exclusive(self, "network_train_unet_only", "network_train_text_encoder_only")
         if self.dim_from_weights and self.network_weights is None:
             yield Problem("--dim_from_weights", "needs --network_weights")
+        for name in self.dialects:
+            if name not in DIALECTS:
+                message = f"expected {' or '.join(DIALECTS)}, or both with a comma"
+                yield Problem("--save_also_as", message, self.save_also_as)
         multipliers, files = len(self.base_weights_multiplier or ()), len(self.base_weights or ())
         if multipliers > files:
             message = f"{multipliers} values for {files} files in --base_weights"

@@ -4,7 +4,6 @@ A line goes from these tables when the feature arrives.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from library.base.errors import Problem
 from library.options.optimizer import OptimizerOptions
@@ -31,11 +30,6 @@ PENDING_FLAGS: dict[str, str] = {
         "zero3_save_16bit_model",
         "fp16_master_weights_and_gradients",
     ),
-}
-
-# option name -> the values that work; others parse but are not there yet
-AVAILABLE_VALUES: dict[str, frozenset[Any]] = {
-    "model_type": frozenset({"flux"}),
 }
 
 _UNET_ONLY = "it changes the discrete noise schedule, which flow-matching models do not have"
@@ -71,9 +65,19 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "controlnet_model_name_or_path": "only flux_train_control_net.py uses it",
     },
     "sd3": dict(_FLOW_NO_EFFECT),
-    "lumina": {**_FLOW_NO_EFFECT, "vae": "the autoencoder is named by --ae"},
+    "lumina": {
+        **_FLOW_NO_EFFECT,
+        "vae": "the autoencoder is named by --ae",
+        "sample_batch_size": "sample images are made one after the other",
+    },
     "hunyuan_image": dict(_FLOW_NO_EFFECT),
-    "anima": {**_FLOW_NO_EFFECT, "llm_adapter_path": "the adapter is part of the model file"},
+    "anima": {
+        **_FLOW_NO_EFFECT,
+        **dict.fromkeys(
+            ("llm_adapter_lr", "self_attn_lr", "cross_attn_lr", "mlp_lr", "mod_lr"),
+            "rates of parts are for training the whole model; network_reg_lrs in --network_args sets those of adapters",
+        ),
+    },
     "sdxl": {"clip_skip": "SDXL always uses the layer before the last"},
 }
 
@@ -92,15 +96,9 @@ def pending_problems(options: OptionSet, family: str) -> Iterator[Problem]:
     """
     ignored = no_effect_reasons(family)
     changed = options.changed()
-    for name, value in changed.items():
-        if name in ignored:
-            continue
-        if name in PENDING_FLAGS:
+    for name in changed:
+        if name in PENDING_FLAGS and name not in ignored:
             yield Problem(f"--{name}", f"{PENDING_FLAGS[name]} is not available in this version yet")
-        allowed = AVAILABLE_VALUES.get(name)
-        if allowed is not None and value not in allowed:
-            working = ", ".join(sorted(str(item) for item in allowed if item))
-            yield Problem(f"--{name}", f"not available in this version yet (available: {working})", value)
 
 
 def no_effect_warnings(options: OptionSet, family: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from library.checkpoint.saver import Saver, averaged
 from library.checkpoint.state_files import SavedState, write_state
 from library.diffusion.from_options import noise_recipe
 from library.modules.components import Components
+from library.modules.dialects import Exporter
 from library.optim.driver import OptimizerDriver
 from library.options.debug import RecordOptions
 from library.options.hub import HubOptions
@@ -187,24 +188,40 @@ def make_services(
     saver = None
     if setting.processes.is_main:
         writer = MetadataWriter(setting, task, weights.optimizer, start.identity)
+        dialects = options[NetworkOptions].dialects
+        exporter = make_exporter(setting, components, task) if dialects else None
 
         def write(path: Path, step: int, epoch: int) -> None:
             metadata = writer.describe(step, epoch)
+            written = [path]
             with weights.shown():
                 task.save(path, metadata)
             if weights.average is not None:
+                written.append(averaged(path))
                 with weights.shown("ema"):
-                    task.save(averaged(path), {**metadata, "ss_ema_decay": str(weights.average.decay)})
+                    task.save(written[-1], {**metadata, "ss_ema_decay": str(weights.average.decay)})
+            if exporter is not None:
+                written += [other for one in written for other in exporter.export(one, dialects)]
             progress.events.write("saved", path=str(path), step=step, epoch=epoch)
             progress.say(f"saved {path}")
             if setting.uploader is not None:
-                setting.uploader.add(path)
-                if weights.average is not None:
-                    setting.uploader.add(averaged(path))
+                for one in written:
+                    setting.uploader.add(one)
 
-        saver = Saver(options[SavingOptions], plan.names, plan.num_epochs, write)
+        saver = Saver(options[SavingOptions], plan.names, plan.num_epochs, write, dialects)
         services.append(SavingService(saver))
     return ServiceList(services), saver, runner
+
+
+def make_exporter(setting: Setting, components: Components, task: NetworkTask) -> Exporter:
+    """What writes adapters in the names of other programs.
+
+    Raises:
+        UserError: the network cannot be written so.
+    """
+    exporter = Exporter(setting.family.exports, components)
+    exporter.check(task.weights(), setting.plan.options[NetworkOptions].dialects)
+    return exporter
 
 
 def make_assembler(setting: Setting, latents: LatentSource, seed: int, options: NoiseOptions) -> StepAssembler:

@@ -31,7 +31,7 @@ from tools.dev import options_page
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/golden/README.md")
 PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
-SCRIPTS = {"train_network.py": "sd", "flux_train_network.py": "flux"}
+SCRIPTS = {"train_network.py": "sd", "flux_train_network.py": "flux", "lumina_train_network.py": "lumina"}
 pytestmark = pytest.mark.docs
 
 
@@ -48,7 +48,9 @@ def commands():
             words = shlex.split(line, comments=True)
             if words[:2] == ["accelerate", "launch"]:
                 yield page, words[2:]
-            elif words[:1] == ["python"] and words[1].startswith(("tools/", "quickstart", "flux_minimal")):
+            elif words[:1] == ["python"] and (
+                words[1].startswith(("tools/", "quickstart")) or words[1].endswith("_minimal_inference.py")
+            ):
                 yield page, words[1:]
 
 
@@ -74,8 +76,8 @@ def test_commands_parse(page, words):
         dataset_report.setup_parser().parse_args(arguments)
     elif script == "tools/compare_steps.py":
         compare_steps.setup_parser().parse_args(arguments)
-    elif script == "flux_minimal_inference.py":
-        assert not list(parse_inference("flux", arguments).problems())
+    elif script.endswith("_minimal_inference.py"):
+        assert not list(parse_inference(script.removesuffix("_minimal_inference.py"), arguments).problems())
     elif script == "quickstart.py":
         assert arguments in ([], ["test"], ["install"])
 
@@ -86,7 +88,7 @@ def test_dataset_files_resolve(page, text, tmp_path):
     assert resolve_datasets(read_config(tmp_path / "dataset.toml"), {})
 
 
-CONFIGURATIONS = {"flux_lora": "flux", "sd15_lora": "sd"}
+CONFIGURATIONS = {"flux_lora": "flux", "sd15_lora": "sd", "lumina_lora": "lumina"}
 DATASETS = {"dataset"}
 
 
@@ -149,7 +151,7 @@ def test_flags_without_effect_are_listed():
 
 
 def test_what_is_not_there_yet_is_listed():
-    refused = set(pending.PENDING_FLAGS) | set(pending.AVAILABLE_VALUES)
+    refused = set(pending.PENDING_FLAGS)
     assert flags_of_section("Not there yet") - {"compile"} == refused
 
 
@@ -167,7 +169,8 @@ def test_flags_in_the_documentation_exist():
         for preset in load_family(family).presets:
             known |= {flag for action in make_parser(family, "full", preset)._actions for flag in action.option_strings}
     known |= {flag for action in cache_parser()._actions for flag in action.option_strings}
-    known |= {flag for action in make_inference_parser("flux")._actions for flag in action.option_strings}
+    for family in (family for family in FAMILIES if load_family(family).inference):
+        known |= {flag for action in make_inference_parser(family)._actions for flag in action.option_strings}
     known |= {f"--{name}" for name in (*PROMPT_OPTIONS, "c", "m", "num_processes", "plot", "check", "help", "torch")}
     for page in PAGES:
         for flag in re.findall(r"`(--\w+)", page.read_text(encoding="utf-8")):

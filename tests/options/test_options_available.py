@@ -15,7 +15,7 @@ from library.options.config import ConfigOptions
 from library.options.data import DatasetDict
 from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
-from library.options.pending import AVAILABLE_VALUES, NO_EFFECT, PENDING_FLAGS, no_effect_reasons
+from library.options.pending import NO_EFFECT, PENDING_FLAGS, no_effect_reasons
 from library.options.tasks import TASKS, Preset
 from library.options.values import options_of
 from library.train_util import find_problems, load_family, main, make_options, parse_options
@@ -23,7 +23,8 @@ from tools.dev import freeze_flags
 
 SD = {"pretrained_model_name_or_path": "m.safetensors", "dataset_config": "d.toml", "output_dir": "out"}
 FLUX = {**SD, "clip_l": "c", "t5xxl": "t", "ae": "a"}
-COMPLETE = {"sd": SD, "flux": FLUX}
+LUMINA = {**SD, "gemma2": "g", "ae": "a"}
+COMPLETE = {"sd": SD, "sdxl": SD, "flux": FLUX, "lumina": LUMINA}
 # a changed value that fits each type; choices and special texts by name
 SAMPLES = {bool: True, int: 3, float: 0.7, str: "x"}
 SPECIAL = {"face_crop_aug_range": "1,2", "zero_stage": 1}
@@ -38,7 +39,6 @@ UNAVAILABLE = {
     ("hunyuan_image_train", "hunyuan_image", "full"),
     ("hunyuan_image_train_network", "hunyuan_image", "network"),
     ("lumina_train", "lumina", "full"),
-    ("lumina_train_network", "lumina", "network"),
     ("sd3_train", "sd3", "full"),
     ("sd3_train_network", "sd3", "network"),
     ("sdxl_train", "sdxl", "full"),
@@ -46,7 +46,6 @@ UNAVAILABLE = {
     ("sdxl_train_control_net_lllite", "sdxl", "lllite"),
     ("sdxl_train_control_net_lllite_old", "sdxl", "lllite"),
     ("sdxl_train_leco", "sdxl", "leco"),
-    ("sdxl_train_network", "sdxl", "network"),
     ("sdxl_train_textual_inversion", "sdxl", "textual_inversion"),
     ("train_control_net", "sd", "control_net"),
     ("train_controlnet", "sd", "control_net"),
@@ -91,10 +90,10 @@ def test_unavailable_scripts_say_so_in_one_line(script, family, task, capsys):
 
 
 def test_unavailable_families_still_check_options():
-    texts = _texts("sdxl", {"network_dim": 0, "v2": True})
-    assert len(texts) == 3 and texts[0].startswith("--network_dim") and texts[1].startswith("--v2")
+    texts = _texts("sdxl", {"max_train_steps": 0, "v2": True}, task="full")
+    assert len(texts) == 3 and texts[0].startswith("--max_train_steps") and texts[1].startswith("--v2")
     with pytest.raises(FeatureNotAvailable):
-        train_util.train("sdxl", "network", make_options("sdxl", "network", {}))
+        train_util.train("sdxl", "full", make_options("sdxl", "full", {}))
 
 
 @pytest.mark.parametrize("family", COMPLETE)
@@ -155,16 +154,18 @@ def test_pending_flags_all_exist():
                 for options in options_of(load_family(family).command_line(task).groups).values()
                 for option in options
             }
-    assert set(PENDING_FLAGS) | set(AVAILABLE_VALUES) <= set(everywhere)
+    assert set(PENDING_FLAGS) <= set(everywhere)
     for family, table in NO_EFFECT.items():
         assert family == "*" or family in FAMILIES
         assert set(table) <= set(everywhere)
-    assert not set(PENDING_FLAGS) & set(AVAILABLE_VALUES)
 
 
-def test_chroma_is_not_there_yet():
-    (text,) = _texts("flux", {**FLUX, "model_type": "chroma", "apply_t5_attn_mask": True})
-    assert text.startswith("--model_type = 'chroma': not available in this version yet")
+def test_chroma_says_what_it_needs():
+    texts = _texts("flux", {**SD, "t5xxl": "t", "ae": "a", "model_type": "chroma"})
+    assert [text.split(":")[0] for text in texts] == ["--model_type = 'chroma'", "--guidance_scale"]
+    assert "needs --apply_t5_attn_mask" in texts[0] and "give --guidance_scale 0" in texts[1]
+    given = {"model_type": "chroma", "apply_t5_attn_mask": True, "guidance_scale": 0.0}
+    assert _texts("flux", {**SD, "t5xxl": "t", "ae": "a", **given}) == []
 
 
 @pytest.mark.parametrize(

@@ -4,29 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from support.diffusers_layout import to_diffusers
 
 from library import flux_utils
 from library.base.safetensors_io import TensorFile, load_file
 from library.flux_models import Flux, FluxParams, image_ids, pack_latents, unpack_latents
 from library.modules.clip import load_clip_text
 from library.modules.components import Need
-from library.modules.layer_names import find_rule, layer_parts
 from library.modules.t5 import load_t5_encoder
 from library.modules.vae import decode, encode_mode, load_vae
 
 pytestmark = pytest.mark.parity
-
-
-def to_diffusers(state):
-    """Our (published) names to diffusers' names, by the table that exports use."""
-    result = {}
-    for name, tensor in state.items():
-        path, leaf = name.rsplit(".", 1)
-        rule, names = find_rule(flux_utils.DIFFUSERS_LAYERS, path)
-        inputs = state.get(f"{path}.weight", tensor).shape[-1]
-        for theirs, part in zip(names, layer_parts(rule, tensor, inputs), strict=True):
-            result[f"{theirs}.{'weight' if leaf == 'scale' else leaf}"] = part
-    return result
 
 
 def diffusers_model(ours: Flux):
@@ -44,7 +32,7 @@ def diffusers_model(ours: Flux):
         guidance_embeds=p.guidance_embed,
         axes_dims_rope=p.axes_dim,
     )
-    model.load_state_dict(to_diffusers(ours.state_dict()))
+    model.load_state_dict(to_diffusers(ours.state_dict(), flux_utils.DIFFUSERS_LAYERS))
     return model.eval()
 
 
@@ -138,7 +126,7 @@ def diffusers_chroma(ours):
         approximator_hidden_dim=approximator.in_proj.out_features,
         approximator_layers=len(approximator.layers),
     )
-    model.load_state_dict(to_diffusers(ours.state_dict()))
+    model.load_state_dict(to_diffusers(ours.state_dict(), flux_utils.DIFFUSERS_LAYERS))
     for norm in model.distilled_guidance_layer.norms:
         norm.eps = 1e-6  # diffusers leaves it at the format's own epsilon
     return model.eval()

@@ -289,6 +289,8 @@ ELSEWHERE: dict[str, str] = {
     "unsloth_offload_checkpointing": "tests/engine/test_computing.py::test_offloaded_activations_change_nothing",
     "mem_eff_attn": "tests/engine/test_computing.py::test_attention_in_small_pieces_is_the_same_attention",
     "blocks_to_swap": "tests/engine/test_computing.py::test_swapped_blocks_change_nothing",
+    "model_type": "tests/parity/test_parity_flux.py::test_chroma_equals_diffusers",
+    "save_also_as": "tests/third_party/test_dialects.py",
     "train_inpainting": "tests/engine/test_inpainting.py::test_a_run_sees_what_is_kept",
     "split_mode": "tests/engine/test_computing.py::test_the_old_flag_of_swapping_and_too_many_blocks",
     "cuda_allow_tf32": "tests/engine/test_every_option.py::test_flags_of_the_back_end",
@@ -314,7 +316,6 @@ ELSEWHERE: dict[str, str] = {
 EXCEPTIONS: dict[str, str] = {
     "help": "prints this list",
     "sdpa": "asks for what happens anyway",
-    "model_type": "its other value, chroma, is refused until Chroma can be trained",
     **{name: f"refused: {feature} is not there yet" for name, feature in PENDING_FLAGS.items()},
     **{name: reason for family in ("*", "sd", "flux") for name, reason in NO_EFFECT.get(family, {}).items()},
 }

@@ -18,23 +18,43 @@ FAMILY_OF = {
     "train_network.py": "sd",
     "sdxl_train_network.py": "sdxl",
     "flux_train_network.py": "flux",
+    "anima_train_network.py": "anima",
+    "lumina_train_network.py": "lumina",
 }
 # the files that a family's scripts are told of, and what else its tiny models need
 MODEL_FLAGS: dict[str, dict[str, str]] = {
     "sd": {"--pretrained_model_name_or_path": "sd15"},
+    "sd2": {"--pretrained_model_name_or_path": "sd21"},
     "sdxl": {"--pretrained_model_name_or_path": "sdxl"},
+    "chroma": {"--pretrained_model_name_or_path": "chroma", "--t5xxl": "t5xxl", "--ae": "ae"},
     "flux": {
         "--pretrained_model_name_or_path": "flux1_dev",
         "--clip_l": "clip_l",
         "--t5xxl": "t5xxl",
         "--ae": "ae",
     },
+    "anima": {"--pretrained_model_name_or_path": "anima", "--qwen3": "qwen3", "--vae": "qwen_image_vae"},
+    "lumina": {"--pretrained_model_name_or_path": "lumina2", "--gemma2": "gemma2_2b", "--ae": "ae"},
 }
-MORE_FLAGS: dict[str, tuple[str, ...]] = {"flux": ("--t5xxl_max_token_length", "32")}
+# models that are variants of a family
+FAMILY = {"chroma": "flux", "sd2": "sd"}
+MORE_FLAGS: dict[str, tuple[str, ...]] = {
+    "flux": ("--t5xxl_max_token_length", "32"),
+    "chroma": (
+        *("--model_type", "chroma", "--t5xxl_max_token_length", "32", "--apply_t5_attn_mask"),
+        *("--guidance_scale", "0", "--model_prediction_type", "raw", "--timestep_sampling", "sigmoid"),
+    ),
+    "anima": ("--qwen3_max_token_length", "32", "--t5_max_token_length", "32"),
+    "lumina": ("--gemma2_max_token_length", "32"),
+}
 NETWORK_MODULES = {
     "sd": "networks.lora",
+    "sd2": "networks.lora",
     "sdxl": "networks.lora",
     "flux": "networks.lora_flux",
+    "chroma": "networks.lora_flux",
+    "anima": "networks.lora_anima",
+    "lumina": "networks.lora_lumina",
 }
 
 
@@ -97,6 +117,7 @@ def network_arguments(family: str, inputs: Inputs, folder: Path, dataset: Path, 
 
 def run_training(family: str, arguments: list[str], task: str = "network") -> Any:
     """What a script does after reading its command line."""
+    family = FAMILY.get(family, family)
     return train(family, task, parse_options(family, task, arguments))
 
 

@@ -95,6 +95,56 @@ def test_flux_conversion_accepts_published_names_and_shapes():
         assert up.shape[1] == down.shape[0]
 
 
+def published_unet(name):
+    """diffusers' U-Net of the published size, without data."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        if name == "sd15":
+            return UNet2DConditionModel(cross_attention_dim=768)
+        return UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+@pytest.mark.parametrize("case", ["lora_sd15", "lora_sdxl", "lora_sdxl_conv"])
+def test_unet_conversion_accepts_published_names_and_shapes(case):
+    """Every layer of the file is one of the model's, and fits it."""
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_non_diffusers_lora_to_diffusers,
+        _maybe_map_sgm_blocks_to_diffusers,
+    )
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    shapes = json.loads((GOLDEN / "lora_keys" / f"{case}.json").read_text())
+    state = {key: torch.zeros(shape, device="meta") for key, shape in shapes.items()}
+    state = {key: torch.tensor(1.0) if key.endswith(".alpha") else tensor for key, tensor in state.items()}
+    unet = published_unet(case.split("_")[1])
+    if "sdxl" in case:
+        state = _maybe_map_sgm_blocks_to_diffusers(state, unet.config)
+    converted, alphas = _convert_non_diffusers_lora_to_diffusers(state)
+    ours = {key.removeprefix("unet."): value for key, value in converted.items() if key.startswith("unet.")}
+    factors = convert_unet_state_dict_to_peft(ours)
+    layers = dict(unet.named_modules())
+    pairs = {key.rsplit(".lora_", 1)[0] for key in factors}
+    assert len(pairs) == sum(key.startswith("lora_unet") and key.endswith(".alpha") for key in shapes) > 150
+    assert len(alphas) == sum(key.endswith(".alpha") for key in shapes)
+    for pair in pairs:
+        weight = layers[pair].weight
+        assert factors[f"{pair}.lora_A.weight"].shape[1:] == weight.shape[1:], pair
+        assert factors[f"{pair}.lora_B.weight"].shape[0] == weight.shape[0], pair
+
+
 def test_trained_flux_file_has_published_names(inputs, tmp_path):
     """Our tiny file and the published key list agree but for the number of blocks."""
     run_training(

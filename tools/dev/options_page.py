@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:  # started as a file
 from library.families import FAMILIES  # noqa: E402
 from library.options.conditions import CONDITIONS  # noqa: E402
 from library.options.conflicts import CONFLICTS  # noqa: E402
-from library.options.pending import AVAILABLE_VALUES, NO_EFFECT, PENDING_FLAGS  # noqa: E402
+from library.options.pending import NO_EFFECT, PENDING_FLAGS  # noqa: E402
 from library.options.schedule import READS, SCHEDULE_FLAGS  # noqa: E402
 from library.train_util import load_family, make_parser  # noqa: E402
 from tools.dev.freeze_flags import load_script, script_paths  # noqa: E402
@@ -73,8 +73,6 @@ def notes(name: str) -> str:
         found.append(f"no effect: {NO_EFFECT['*'][name]}")
     if name in PENDING_FLAGS:
         found.append("not available yet")
-    if name in AVAILABLE_VALUES:
-        found.append("available: " + ", ".join(f"`{value}`" for value in sorted(map(str, AVAILABLE_VALUES[name]))))
     return "; ".join(dict.fromkeys(found))
 
 
