@@ -1,7 +1,7 @@
 """What travels from the data to the model in one micro-step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -116,6 +116,7 @@ class StepInputs:
         weight: loss weight of the noise level [B], or None.
         module_seed: seed of the draws inside modules.
         extra: further channels that the model sees beside the noisy latents [B, E, H, W] float32, or None.
+        draws: what a family draws per image besides noise, by name, each [B, ...] float32.
     """
 
     batch: TrainBatch
@@ -128,8 +129,11 @@ class StepInputs:
     weight: Tensor | None
     module_seed: int
     extra: Tensor | None = None
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "StepInputs":
         """The same with every tensor the model needs on `device`."""
         names = ("latents", "noise", "noisy", "timesteps", "sigmas", "target", "weight", "extra")
-        return replace(self, **{name: _moved(getattr(self, name), device) for name in names})
+        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in names}
+        draws = {name: tensor.to(device) for name, tensor in self.draws.items()}
+        return replace(self, **moved, draws=draws)

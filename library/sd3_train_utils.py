@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, TextSpec
+from library.family import ExportPart, Family, LatentSpec, Ref, TextSpec
 from library.options.checks import network_argument, text_caching_problems
 from library.options.flow import FlowOptions
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
@@ -77,12 +77,13 @@ FAMILY = Family(
     title="Stable Diffusion 3 and 3.5",
     process="flow",
     tasks=frozenset({"network", "full"}),
+    available_tasks=frozenset({"network"}),
     option_groups=(Sd3Options, FlowOptions),
     task_option_groups={"full": (TextEncoderTrainingOptions, Sd3FullOptions, FusedUpdateOptions)},
     task_hidden={"full": frozenset({"learning_rate_te", "mem_eff_save"})},
     tracker_names={"network": "network_train", "full": "finetuning"},
     check=check,
-    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=8, cache_suffix="_sd3"),
+    latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16, cache_suffix="_sd3"),
     text=TextSpec(
         cache_suffix="_sd3_te",
         arrays={
@@ -95,5 +96,45 @@ FAMILY = Family(
             "apply_lg_attn_mask": "bool",
             "apply_t5_attn_mask": "bool",
         },
+    ),
+    default_network="networks.lora_sd3",
+    inspect=Ref("library.sd3_utils:inspect"),
+    load=Ref("library.sd3_utils:load_components"),
+    identities=Ref("library.sd3_utils:identities"),
+    strategies=Ref("library.strategy_sd3:build_strategies"),
+    model_spec=Ref("library.sd3_utils:model_spec"),
+    metadata_keys=(
+        "apply_lg_attn_mask",
+        "apply_t5_attn_mask",
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+    ),
+    exports=(
+        ExportPart(
+            prefixes=("lora_unet",),
+            part="denoiser",
+            diffusers="transformer",
+            comfy="diffusion_model",
+            layers=Ref("library.sd3_utils:diffusers_layers"),
+        ),
+        ExportPart(
+            prefixes=("lora_te1",),
+            part="text_encoder:0",
+            diffusers="text_encoder",
+            comfy="text_encoders.clip_l.transformer",
+            published_names=True,
+        ),
+        ExportPart(
+            prefixes=("lora_te2",),
+            part="text_encoder:1",
+            diffusers="text_encoder_2",
+            comfy="text_encoders.clip_g.transformer",
+            published_names=True,
+        ),
+        ExportPart(
+            prefixes=("lora_te3",), part="text_encoder:2", diffusers=None, comfy="text_encoders.t5xxl.transformer"
+        ),
     ),
 )

@@ -28,6 +28,10 @@ class TokenizeStrategy(ABC):
         """As `tokenize`, of one prompt of a sample image."""
         return self.tokenize([text])
 
+    def tokenize_negative(self, text: str) -> list[Tensor]:
+        """As `tokenize_prompt`, of what a sample image is not to show."""
+        return self.tokenize_prompt(text)
+
     @abstractmethod
     def check_vocabularies(self, encoders: Sequence[nn.Module | None]) -> None:
         """Raise UserError when a tokenizer can make ids that its encoder has no embedding for."""
@@ -124,6 +128,19 @@ class DenoisingStrategy(ABC):
             latents_of: scaled latents of a batch.
         """
         del batch, generators, latents_of
+
+    def draw(self, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """What is drawn for each image of a training step besides noise, by name, each [B, ...]; mostly nothing.
+
+        Args:
+            generators: one per image.
+        """
+        del generators
+        return {}
+
+    def expect_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Told once which training resolutions (width, height) the datasets have; most models need not know."""
+        del sizes
 
     @abstractmethod
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:

@@ -105,15 +105,18 @@ class RectifiedFlow:
     def _sigmoid(self, draw: LevelDraw) -> Tensor:
         return torch.sigmoid(self.sigmoid_scale * draw.normal())
 
-    def _density_index(self, draw: LevelDraw) -> Tensor:
-        """Index into the discrete noise levels, drawn with the density of `weighting_scheme`."""
+    def _density(self, draw: LevelDraw) -> Tensor:
+        """A number in [0, 1] with the density of `weighting_scheme`."""
         if self.weighting_scheme == "logit_normal":
-            u = torch.sigmoid(self.logit_mean + self.logit_std * draw.normal())
-        else:
-            u = draw.uniform()
-            if self.weighting_scheme == "mode":
-                u = 1 - u - self.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
-        return (u * NUM_TIMESTEPS).long().clamp(0, NUM_TIMESTEPS - 1)
+            return torch.sigmoid(self.logit_mean + self.logit_std * draw.normal())
+        u = draw.uniform()
+        if self.weighting_scheme == "mode":
+            u = 1 - u - self.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+        return u
+
+    def _density_index(self, draw: LevelDraw) -> Tensor:
+        """Index into the discrete noise levels."""
+        return (self._density(draw) * NUM_TIMESTEPS).long().clamp(0, NUM_TIMESTEPS - 1)
 
     def at(self, timesteps: Tensor) -> Tensor | None:
         """timesteps / 1000."""
@@ -139,3 +142,33 @@ class RectifiedFlow:
         """sigma / (1 - sigma)."""
         s = timesteps / NUM_TIMESTEPS if sigmas is None else sigmas
         return s / (1.0 - s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlow(RectifiedFlow):
+    """As `RectifiedFlow`, judged by the data that the velocity leads to: noisy - sigma * velocity against data.
+
+    Noise levels are whole steps of a thousand: a number with the density of `weighting_scheme`, shifted, rounded down.
+    """
+
+    def sample(
+        self, draws: Sequence[LevelDraw], latent_size: tuple[int, int], offsets: Sequence[float] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draw whole timesteps from min_sigma * 1000 to below max_sigma * 1000; offsets move the logit."""
+        del latent_size
+        u = torch.cat([self._density(draw) for draw in draws])
+        if any(offsets):
+            u = torch.sigmoid(torch.logit(u) + torch.tensor(offsets, dtype=torch.float32))
+        low, high = self.min_sigma * NUM_TIMESTEPS, self.max_sigma * NUM_TIMESTEPS
+        timesteps = (shifted(u, self.shift) * (high - low) + low).floor().clamp(max=max(low, high - 1))
+        return timesteps, timesteps / NUM_TIMESTEPS
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The data."""
+        del noise, timesteps
+        return latents
+
+    def weight(self, timesteps: Tensor, sigmas: Tensor | None) -> Tensor | None:
+        """As of the base class; without noise the prediction is the data, whatever the model says."""
+        s = timesteps / NUM_TIMESTEPS if sigmas is None else sigmas
+        return super().weight(timesteps, s.clamp(min=1 / NUM_TIMESTEPS))

@@ -2,7 +2,7 @@
 
 from library.diffusion import ddpm, flow
 from library.diffusion.ddpm import Ddpm, SnrWeights
-from library.diffusion.flow import RectifiedFlow
+from library.diffusion.flow import DataFlow, RectifiedFlow
 from library.diffusion.losses import SampleLoss
 from library.diffusion.noise import NoiseRecipe
 from library.diffusion.process import NoiseProcess
@@ -47,6 +47,26 @@ def flow_process(options: OptionSet, *, weighted: bool) -> RectifiedFlow:
         logit_std=density.logit_std,
         mode_scale=density.mode_scale,
         weighted=weighted,
+        min_sigma=(noise.min_timestep or 0) / flow.NUM_TIMESTEPS,
+        max_sigma=1.0 if noise.max_timestep is None else noise.max_timestep / flow.NUM_TIMESTEPS,
+    )
+
+
+def data_flow_process(options: OptionSet, shift: float) -> DataFlow:
+    """The straight flow of families that are judged by the data that the velocity leads to.
+
+    Args:
+        options: of the run.
+        shift: of the drawn noise levels.
+    """
+    noise, density = options[NoiseOptions], options[FlowOptions]
+    return DataFlow(
+        shift=shift,
+        weighting_scheme=density.weighting_scheme,
+        logit_mean=density.logit_mean,
+        logit_std=density.logit_std,
+        mode_scale=density.mode_scale,
+        weighted=True,
         min_sigma=(noise.min_timestep or 0) / flow.NUM_TIMESTEPS,
         max_sigma=1.0 if noise.max_timestep is None else noise.max_timestep / flow.NUM_TIMESTEPS,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from library.base.errors import CheckpointError
@@ -134,15 +135,37 @@ def load_clip_text(file: TensorFile, prefix: str, *, need: Need, part: str = "CL
     `prefix` ends before `text_model.`; files whose text tower lacks that level are accepted. A text projection in the
     file is not used by this tower and left out.
     """
+    places = _hugging_face_names(file, prefix, part)
+    places.pop(_PROJECTION, None)
+    return _load_tower(file, places, "quick_gelu", need, part=part)
+
+
+def load_projected_clip_text(
+    file: TensorFile, prefix: str, *, need: Need, part: str, activation: str = "quick_gelu"
+) -> nn.Module:
+    """A text tower with its projection (transformers' CLIPTextModelWithProjection), in Hugging Face's layout.
+
+    Where the file has no projection, the pooled state stays as it is.
+
+    Args:
+        file: holds the tower.
+        prefix: as of `load_clip_text`.
+        need: number format and place.
+        part: what the tower is, for messages.
+        activation: `quick_gelu` of OpenAI's towers, `gelu` of OpenCLIP's.
+    """
+    places = _hugging_face_names(file, prefix, part)
+    return _load_tower(file, places, activation, need, part=part, projected=True)
+
+
+def _hugging_face_names(file: TensorFile, prefix: str, part: str) -> dict[str, Stored]:
     stored = {_with_text_model(name.removeprefix(prefix)): name for name in file.names if name.startswith(prefix)}
-    skipped = (f"{_PUBLISHED}embeddings.position_ids", _PROJECTION, "logit_scale")
-    stored = {name: original for name, original in stored.items() if name not in skipped}
+    skipped = (f"{_PUBLISHED}embeddings.position_ids", "logit_scale")
     if f"{_PUBLISHED}embeddings.token_embedding.weight" not in stored:
         raise CheckpointError(
             str(file.path), message=f"holds no {part} (no token embedding below {prefix!r}); name another file"
         )
-    places = {name: Stored(original) for name, original in stored.items()}
-    return _load_tower(file, places, "quick_gelu", need, part=part)
+    return {name: Stored(original) for name, original in stored.items() if name not in skipped}
 
 
 def _load_tower(
@@ -152,19 +175,22 @@ def _load_tower(
     need: Need,
     *,
     part: str,
+    projected: bool = False,
 ) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     shapes = KnownShapes({name: place.shape(file) for name, place in stored.items()}, file.path)
     inferred = {**clip_text_config(shapes), "hidden_act": activation}
-    projected = _PROJECTION in stored
+    projected = projected or _PROJECTION in stored
     if projected:
-        inferred["projection_dim"] = shapes[_PROJECTION][0]
+        inferred["projection_dim"] = shapes[_PROJECTION][0] if _PROJECTION in stored else inferred["hidden_size"]
     fixed = [key for key in inferred if key not in ("num_attention_heads", "hidden_act")]
     config = CLIPTextConfig(**merge_config(inferred, file, fixed=fixed), bos_token_id=None, eos_token_id=2)
     # transformers 5 dropped the `text_model.` level inside CLIPTextModel, but not where a projection follows it
     level = "" if projected else _PUBLISHED
     tensors = {name.removeprefix(level): (lambda place=place: place.read(file)) for name, place in stored.items()}
+    if projected:
+        tensors.setdefault(_PROJECTION, lambda: torch.eye(config.hidden_size))
     return load_module(
         lambda: CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config),
         tensors,

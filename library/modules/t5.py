@@ -30,15 +30,16 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def load_t5_encoder(file: TensorFile, *, need: Need) -> nn.Module:
-    """transformers' T5EncoderModel from a file with Hugging Face names.
+def load_t5_encoder(file: TensorFile, *, need: Need, prefix: str = "") -> nn.Module:
+    """transformers' T5EncoderModel from the tensors below `prefix`, with Hugging Face names.
 
     Raises:
         CheckpointError: not a T5 encoder, or tensors are missing.
     """
     from transformers import T5Config, T5EncoderModel
 
-    names = {name: name for name in file.names if not name.startswith(("decoder.", "lm_head."))}
+    names = {name.removeprefix(prefix): name for name in file.names if name.startswith(prefix)}
+    names = {ours: name for ours, name in names.items() if not ours.startswith(("decoder.", "lm_head."))}
     if _SHARED not in names and _TIED in names:
         names[_SHARED] = names[_TIED]
     if _SHARED not in names or f"{_ATTENTION}.relative_attention_bias.weight" not in names:

@@ -20,7 +20,7 @@ from library.modules.attention import check_back_end
 from library.modules.components import Variant
 from library.modules.loading import open_model_file
 from library.optim.registry import check_optimizer
-from library.options.attention import AttentionOptions
+from library.options.attention import chosen_back_end
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.compiling import CompileOptions
 from library.options.data import DataOptions, DatasetDict
@@ -109,6 +109,7 @@ def inspect_data(
     images = collector.run(lambda: _images(family, options, seed, is_main=is_main))
     if variant is None or strategies is None or images is None:
         return None, collector.problems
+    strategies.denoising.expect_sizes([one.plan.resolution for one in images.train])
     return Inspected(variant=variant, strategies=strategies, images=images, requests=[]), collector.problems
 
 
@@ -126,8 +127,7 @@ def _check_network(family: Family, options: OptionSet) -> None:
 
 def _check_computing(options: OptionSet) -> None:
     """Attention and compiler that are asked for can be used here."""
-    name = options[AttentionOptions].back_end
-    check_back_end(f"--{name}", name)
+    check_back_end(*chosen_back_end(options))
     compiling = options[CompileOptions]
     if compiling.torch_compile:
         known = torch._dynamo.list_backends(exclude_tags=())

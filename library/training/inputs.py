@@ -83,6 +83,8 @@ class StepAssembler:
             extra=self.denoising.extra_inputs(
                 batch, item_generators(self.seed, f"{purpose} extra", batch.items), self._scaled_latents
             ),
+            # what is left out of a step by chance is never left out of a validation
+            draws=self.denoising.draw(item_generators(self.seed, "draws", batch.items)) if purpose == "step" else {},
         ).to(self.device)
 
     def _scaled_latents(self, batch: TrainBatch) -> Tensor:

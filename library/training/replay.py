@@ -84,7 +84,7 @@ class StepRecorder:
             "original_sizes_hw": batch.original_sizes.tolist(),
             "crop_top_lefts": batch.crop_top_lefts.tolist(),
             "target_sizes_hw": batch.target_sizes.tolist(),
-            "text_drop": {},
+            "text_drop": {name: tensor.tolist() for name, tensor in inputs.draws.items()},
             "lr": dict(rates),
         }
         self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -151,6 +151,7 @@ class Replay:
         self.seed = seed
         lines = read_lines(folder)
         self.lines = lines[: max_steps * accumulation]
+        self._drawn = {line["step"]: line.get("text_drop") or {} for line in self.lines}
         self.items = self._find_items()
 
     @property
@@ -271,6 +272,7 @@ class Replay:
             weight=process.weight(timesteps, sigmas),
             module_seed=address(self.seed, "module", 1, batch.ordinal),
             extra=tensors.get("extra"),
+            draws={name: torch.tensor(drawn) for name, drawn in self._drawn[batch.ordinal].items()},
         ).to(self.device)
 
 

@@ -17,6 +17,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FAMILY_OF = {
     "train_network.py": "sd",
     "sdxl_train_network.py": "sdxl",
+    "sd3_train_network.py": "sd3",
     "flux_train_network.py": "flux",
     "anima_train_network.py": "anima",
     "lumina_train_network.py": "lumina",
@@ -27,6 +28,18 @@ MODEL_FLAGS: dict[str, dict[str, str]] = {
     "sd2": {"--pretrained_model_name_or_path": "sd21"},
     "sdxl": {"--pretrained_model_name_or_path": "sdxl"},
     "chroma": {"--pretrained_model_name_or_path": "chroma", "--t5xxl": "t5xxl", "--ae": "ae"},
+    "sd3": {
+        "--pretrained_model_name_or_path": "sd3_medium",
+        "--clip_l": "clip_l",
+        "--clip_g": "clip_g",
+        "--t5xxl": "t5xxl",
+    },
+    "sd35": {
+        "--pretrained_model_name_or_path": "sd35_medium",
+        "--clip_l": "clip_l",
+        "--clip_g": "clip_g",
+        "--t5xxl": "t5xxl",
+    },
     "flux": {
         "--pretrained_model_name_or_path": "flux1_dev",
         "--clip_l": "clip_l",
@@ -37,8 +50,10 @@ MODEL_FLAGS: dict[str, dict[str, str]] = {
     "lumina": {"--pretrained_model_name_or_path": "lumina2", "--gemma2": "gemma2_2b", "--ae": "ae"},
 }
 # models that are variants of a family
-FAMILY = {"chroma": "flux", "sd2": "sd"}
+FAMILY = {"chroma": "flux", "sd2": "sd", "sd35": "sd3"}
 MORE_FLAGS: dict[str, tuple[str, ...]] = {
+    "sd3": ("--t5xxl_max_token_length", "32"),
+    "sd35": ("--t5xxl_max_token_length", "32"),
     "flux": ("--t5xxl_max_token_length", "32"),
     "chroma": (
         *("--model_type", "chroma", "--t5xxl_max_token_length", "32", "--apply_t5_attn_mask"),
@@ -51,6 +66,8 @@ NETWORK_MODULES = {
     "sd": "networks.lora",
     "sd2": "networks.lora",
     "sdxl": "networks.lora",
+    "sd3": "networks.lora_sd3",
+    "sd35": "networks.lora_sd3",
     "flux": "networks.lora_flux",
     "chroma": "networks.lora_flux",
     "anima": "networks.lora_anima",
