@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from library.base.errors import Problem
-from library.family import ExportPart, Family, LatentSpec, Ref, TextSpec
+from library.family import ExportPart, Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.checks import network_argument, text_caching_problems
 from library.options.flow import FlowOptions
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
-from library.options.ranges import above, at_least, share
+from library.options.ranges import above, at_least, exclusive, share
 from library.options.schema import OptionSet, option
 
 
@@ -43,6 +44,34 @@ class Sd3Options:
             t5_dropout_rate=self.t5_dropout_rate,
             pos_emb_random_crop_rate=self.pos_emb_random_crop_rate,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3InferenceOptions:
+    """Stable Diffusion 3: its files and number format."""
+
+    ckpt_path: str = option(help="model file")
+    clip_l: str | None = option(None, help="CLIP-L file; the one in the model when not given")
+    clip_g: str | None = option(None, help="CLIP-G file; the one in the model when not given")
+    t5xxl: str | None = option(None, help="T5-XXL file; the one in the model when not given")
+    vae: str | None = option(None, help="another VAE to use instead of the one in the model")
+    t5xxl_token_length: int = option(256, help="longest prompt in T5 tokens")
+    apply_lg_attn_mask: bool = option(False, help="keep CLIP padding out of attention")
+    apply_t5_attn_mask: bool = option(False, help="keep T5 padding out of attention")
+    flow_shift: float = option(3.0, help="shift of the noise levels towards noise")
+    fp16: bool = option(False, help="the same as --dtype fp16")
+    bf16: bool = option(False, help="the same as --dtype bf16")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        yield from at_least(1, t5xxl_token_length=self.t5xxl_token_length)
+        yield from above(0, flow_shift=self.flow_shift)
+        yield from exclusive(self, "fp16", "bf16")
+
+
+def _number_format(options: OptionSet) -> dict[str, Any]:
+    """The shared flag that `--fp16` and `--bf16` stand for."""
+    return next(({"dtype": name} for name in ("fp16", "bf16") if options.value(name)), {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +139,21 @@ FAMILY = Family(
         "logit_mean",
         "logit_std",
         "mode_scale",
+    ),
+    inference=InferenceSpec(
+        option_groups=(Sd3InferenceOptions,),
+        defaults={
+            **{"width": 1024, "height": 1024, "steps": 50, "cfg_scale": 5.0, "seed": 1},
+            **{"negative_prompt": "", "dtype": "float32"},
+        },
+        training={
+            "ckpt_path": "pretrained_model_name_or_path",
+            "t5xxl_token_length": "t5xxl_max_token_length",
+            **{name: name for name in ("clip_l", "clip_g", "t5xxl", "vae", "apply_lg_attn_mask", "apply_t5_attn_mask")},
+        },
+        prompt={"flow_shift": "flow_shift"},
+        encoder_formats=("dtype", "dtype", "dtype"),
+        shared=_number_format,
     ),
     exports=(
         ExportPart(

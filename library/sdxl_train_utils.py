@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from library.base.errors import Problem
-from library.family import ExportPart, Family, LatentSpec, Ref, TextSpec
+from library.family import ExportPart, Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.attention import DiffusersAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
@@ -31,6 +31,18 @@ class SdxlFullOptions:
             count = 0
         if count != NUM_BLOCK_RATES:
             yield Problem("--block_lr", f"expected {NUM_BLOCK_RATES} numbers separated by commas", self.block_lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SdxlInferenceOptions:
+    """SDXL: its file, a prompt for its second encoder, and how images are made."""
+
+    ckpt_path: str = option(help="model file")
+    prompt2: str | None = option(None, help="prompt of the second text encoder; --prompt when not given")
+    vae: str | None = option(None, help="another VAE to use instead of the one in the model")
+    sampler: str = option("euler", help="sampling method")
+    v_parameterization: bool = option(False, help="the model predicts velocity instead of noise")
+    zero_terminal_snr: bool = option(False, help="the model was trained with --zero_terminal_snr")
 
 
 def check(options: OptionSet, task: str) -> Iterator[Problem]:
@@ -82,6 +94,17 @@ FAMILY = Family(
     identities=Ref("library.sdxl_utils:identities"),
     strategies=Ref("library.strategy_sdxl:build_strategies"),
     model_spec=Ref("library.sdxl_utils:model_spec"),
+    inference=InferenceSpec(
+        option_groups=(SdxlInferenceOptions,),
+        defaults={"width": 1024, "height": 1024, "steps": 50, "cfg_scale": 7.0, "negative_prompt": ""},
+        training={
+            "ckpt_path": "pretrained_model_name_or_path",
+            "sampler": "sample_sampler",
+            **{name: name for name in ("vae", "v_parameterization", "zero_terminal_snr")},
+        },
+        prompt={"sampler": "sample_sampler"},
+        encoder_formats=("dtype", "dtype"),
+    ),
     exports=(
         ExportPart(prefixes=("lora_unet",), part="denoiser", diffusers="unet"),
         ExportPart(prefixes=("lora_te1",), part="text_encoder:0", diffusers="text_encoder", published_names=True),

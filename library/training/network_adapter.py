@@ -62,11 +62,13 @@ class KohyaNetworkAdapter:
         network: the module with the trained weights.
         module_name: where it came from.
         arguments: network arguments as given, with the dropout that is handed on.
+        ours: whether the module is one of this program.
     """
 
     network: Any
     module_name: str
     arguments: dict[str, Any]
+    ours: bool = True
 
     @classmethod
     def create(cls, options: NetworkOptions, components: Components, default_module: str) -> "KohyaNetworkAdapter":
@@ -79,7 +81,7 @@ class KohyaNetworkAdapter:
         module = import_network_module(name)
         arguments: dict[str, Any] = dict(parse_network_arguments(options.network_args))
         arguments.setdefault("dropout", options.network_dropout)
-        encoders = _encoder_argument(components)
+        encoders = _encoder_argument(components, ours=is_ours(module))
         if options.network_train_unet_only and is_ours(module):
             # whether text encoders are loaded depends on caches, which must not change what is drawn for the denoiser
             encoders = [None] * len(encoders) if isinstance(encoders, list) else None
@@ -103,7 +105,7 @@ class KohyaNetworkAdapter:
             )
         if network is None:
             raise UserError("--network_module", name, "made no network for this model")
-        return cls(network, name, arguments)
+        return cls(network, name, arguments, is_ours(module))
 
     def prepare(self, namespace: Any) -> None:
         """Hand all options to networks that ask for them."""
@@ -112,7 +114,9 @@ class KohyaNetworkAdapter:
 
     def apply(self, components: Components, *, text_encoders: bool, denoiser: bool) -> None:
         """Install the network in the components."""
-        self.network.apply_to(_encoder_argument(components), components.published_denoiser, text_encoders, denoiser)
+        self.network.apply_to(
+            _encoder_argument(components, ours=self.ours), components.published_denoiser, text_encoders, denoiser
+        )
 
     def load(self, path: str) -> None:
         """Take over weights from a file."""
@@ -146,16 +150,16 @@ class KohyaNetworkAdapter:
 
     def start(self, components: Components) -> None:
         """Called once before training."""
-        self._call("prepare_grad_etc", _encoder_argument(components), components.published_denoiser)
+        self._call("prepare_grad_etc", _encoder_argument(components, ours=self.ours), components.published_denoiser)
 
     def on_epoch_start(self, components: Components) -> None:
         """Called before each epoch; puts the network into training mode."""
-        self._call("on_epoch_start", _encoder_argument(components), components.published_denoiser)
+        self._call("on_epoch_start", _encoder_argument(components, ours=self.ours), components.published_denoiser)
         self.network.train()
 
     def on_step_start(self, components: Components) -> None:
         """Called before each micro-step."""
-        self._call("on_step_start", _encoder_argument(components), components.published_denoiser)
+        self._call("on_step_start", _encoder_argument(components, ours=self.ours), components.published_denoiser)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -200,10 +204,17 @@ class KohyaNetworkAdapter:
             function(*arguments)
 
 
-def _encoder_argument(components: Components) -> Any:
-    """One text encoder is passed as a module, several as a list."""
+def _encoder_argument(components: Components, *, ours: bool = True) -> Any:
+    """One text encoder is passed as a module, several as a list.
+
+    Args:
+        components: of the model.
+        ours: whether the network module is one of this program; others expect a module in each place.
+    """
     encoders = components.published_text_encoders
-    return encoders[0] if len(encoders) == 1 else list(encoders)
+    if len(encoders) == 1:
+        return encoders[0]
+    return [nn.Module() if encoder is None and not ours else encoder for encoder in encoders]
 
 
 def _default_names(count: int) -> list[str]:
@@ -218,7 +229,8 @@ def merge_base_weights(
     strengths: Iterable[float] = [*(options.base_weights_multiplier or []), *([1.0] * len(files))]
     for path, strength in zip(files, strengths):
         module = import_network_module(options.network_module or default_module)
-        encoders, unet = _encoder_argument(components), components.published_denoiser
+        encoders = _encoder_argument(components, ours=is_ours(module))
+        unet = components.published_denoiser
         network, weights = module.create_network_from_weights(
             strength, path, components.vae, encoders, unet, for_inference=True
         )
