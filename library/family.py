@@ -116,6 +116,8 @@ class InferenceSpec:
         encoder_formats: flags of the text encoders', in their order.
         shared: values of hidden shared flags, where the family's own flags say them.
         names: these flags -> what the family calls them.
+        tune: reference to a function of (denoising strategy, options of the script) that takes over what no option of
+            training says; None where there is nothing.
     """
 
     option_groups: tuple[type, ...]
@@ -129,6 +131,7 @@ class InferenceSpec:
     encoder_formats: tuple[str, ...] = ()
     shared: Callable[[OptionSet], Mapping[str, Any]] | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    tune: Ref | None = None
 
 
 def no_problems(options: OptionSet, task: str) -> Iterable[Problem]:  # noqa: ARG001 - the signature of Family.check

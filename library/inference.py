@@ -3,7 +3,8 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from library.base.errors import FeatureNotAvailable, Problem, UserError, raise_problems
@@ -11,7 +12,6 @@ from library.base.lazy import resolve
 from library.base.logs import setup_logging
 from library.family import CommandLine, Family, InferenceSpec
 from library.options.inference import InferenceModelOptions, InferenceOptions
-from library.options.pending import AVAILABLE_VALUES
 from library.options.schema import OptionSet
 from library.train_util import load_family
 
@@ -49,15 +49,28 @@ def parse_inference(family: Family | str, argv: Sequence[str] | None) -> OptionS
     return _command_line(load_family(family) if isinstance(family, str) else family).parse(argv)
 
 
+def _with_shared_names(family: Family, options: OptionSet) -> OptionSet:
+    """The options with shared flags set from the family's own ones that say the same.
+
+    Raises:
+        UserError: everything that the options alone show to be wrong.
+    """
+    spec = _spec(family)
+    if spec.shared is None:
+        return options
+    raise_problems(options.problems())
+    own = {name: value for name, value in options.values().items() if name in options.offered and value is not None}
+    shared = spec.shared(options)
+    return replace(_command_line(family), hidden=spec.hidden - shared.keys()).from_values({**own, **shared})
+
+
 def training_options(family: Family, options: OptionSet) -> OptionSet:
     """The options of training that say the same of the model.
 
     Raises:
-        FeatureNotAvailable: a kind of model that this version does not have.
         UserError: everything that the options alone show to be wrong.
     """
     spec = _spec(family)
-    raise_problems(_unavailable(options), FeatureNotAvailable)
     values = {theirs: options.value(ours) for ours, theirs in spec.training.items()}
     cache = options[InferenceModelOptions].tokenizer_cache_dir
     training = family.command_line("network").from_values({**values, "tokenizer_cache_dir": cache})
@@ -66,16 +79,10 @@ def training_options(family: Family, options: OptionSet) -> OptionSet:
     return training
 
 
-def _unavailable(options: OptionSet) -> Iterator[Problem]:
-    for name, available in AVAILABLE_VALUES.items():
-        if name in options.offered and options.value(name) not in available:
-            message = f"not available in this version yet (available: {', '.join(sorted(available))})"
-            yield Problem(f"--{name}", message, options.value(name))
-
-
 def _named_as_here(spec: InferenceSpec, problem: Problem) -> Problem:
-    """A problem under this script's flag, where training calls it by another name."""
+    """A problem under this script's flag, where training or other scripts call it by another name."""
     ours = {f"--{theirs}": f"--{ours}" for ours, theirs in spec.training.items()}
+    ours |= {f"--{shared}": f"--{own}" for shared, own in spec.names.items()}
     return Problem(ours.get(problem.where, problem.where), problem.message, problem.value)
 
 
@@ -89,6 +96,7 @@ def make_images(family: Family | str, options: OptionSet) -> list[Path]:
         UserError: what is wrong with options or files.
     """
     record = load_family(family) if isinstance(family, str) else family
+    options = _with_shared_names(record, options)
     training = training_options(record, options)
     try:
         return resolve("library.training.inference_run:run_inference")(record, options, training)

@@ -28,6 +28,11 @@ class TokenizeStrategy(ABC):
         """As `tokenize`, of one prompt of a sample image."""
         return self.tokenize([text])
 
+    def tokenize_beside(self, text: str, others: Sequence[str]) -> list[Tensor]:
+        """As `tokenize_prompt`, where other encoders read `others`: as long as states that are joined have to be."""
+        del others
+        return self.tokenize_prompt(text)
+
     def tokenize_negative(self, text: str) -> list[Tensor]:
         """As `tokenize_prompt`, of what a sample image is not to show."""
         return self.tokenize_prompt(text)

@@ -109,15 +109,15 @@ def _tokenizer(options: OptionSet, variant: Variant) -> Any:
 
 def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     """The strategies of a run with these options."""
-    tokenizer = _tokenizer(options, variant)
+    tokenizer, weighted = _tokenizer(options, variant), options.value("weighted_captions")
     return Strategies(
-        tokenize=SdTokenizeStrategy(
-            tokenizer, options.value("max_token_length"), weighted=options.value("weighted_captions")
-        ),
+        tokenize=SdTokenizeStrategy(tokenizer, options.value("max_token_length"), weighted=weighted),
         text_encoding=SdTextEncodingStrategy(options.value("clip_skip")),
         latents_caching=UnetLatentsCachingStrategy(),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(
-            SdConditioning, (options.value("max_token_length"), options.value("clip_skip"), variant.name), {}
+            SdConditioning,
+            (options.value("max_token_length"), options.value("clip_skip"), variant.name, weighted),
+            {},
         ),
         denoising=SdDenoisingStrategy(
             ddpm_process(options),

@@ -30,3 +30,18 @@ class QKNorm(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised q and k in the dtype of v."""
         return self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+
+
+class WeightedRMSNorm(nn.Module):
+    """As `RMSNorm`, for files that call the weight `weight`; it is multiplied in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim] in the input's dtype."""
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (normal * self.weight.float()).to(x.dtype)

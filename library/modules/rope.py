@@ -34,3 +34,22 @@ def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 1, 2))
     turned = rotations[..., 0] * pairs[..., 0] + rotations[..., 1] * pairs[..., 1]
     return turned.flatten(-2).to(x.dtype)
+
+
+def apply_rope_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel c with channel c + E/2 in float32; the result has the input's dtype.
+
+    Args:
+        x: [B, H, L, E].
+        cos: cosines of the angles [L, E/2], float32.
+        sin: sines of the same angles.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [L, dim/2] float32 of positions [L] times theta^(-2k/dim), computed in float64."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    angles = positions.double()[:, None] * theta**-exponents
+    return angles.cos().float(), angles.sin().float()

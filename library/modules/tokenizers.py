@@ -1,6 +1,6 @@
 """Find and load tokenizers without asking the network when a local copy exists."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,24 @@ class LocalTokenizer:
         class_name: in transformers.
         folder: with the vocabulary.
         pad_id: id of the padding token, where it is not the tokenizer's own.
+        settings: what else differs from the tokenizer's own settings, as transformers names it.
     """
 
-    def __init__(self, class_name: str, folder: Path, pad_id: int | None = None) -> None:
+    def __init__(
+        self, class_name: str, folder: Path, pad_id: int | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.class_name = class_name
         self.folder = folder
         self.pad_id = pad_id
+        self.settings = dict(settings or {})
 
     @cached_property
     def loaded(self) -> Any:
         """The tokenizer itself."""
         import transformers
 
-        tokenizer = getattr(transformers, self.class_name).from_pretrained(self.folder, local_files_only=True)
+        tokenizer_class = getattr(transformers, self.class_name)
+        tokenizer = tokenizer_class.from_pretrained(self.folder, local_files_only=True, **self.settings)
         return _padded_with(tokenizer, self.pad_id)
 
     def __getattr__(self, name: str) -> Any:
@@ -77,6 +82,7 @@ def load_tokenizer(
     cache_dir: str | None,
     beside: Sequence[Path] = (),
     pad_id: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """A tokenizer from a local folder, else from the hub.
 
@@ -86,18 +92,19 @@ def load_tokenizer(
         cache_dir: folder of local copies, by name.
         beside: folders to look in first.
         pad_id: id of the padding token, where it is not the tokenizer's own.
+        settings: what else differs from the tokenizer's own settings, as transformers names it.
 
     Raises:
         UserError: found nowhere; the text lists the places and says how to provide it.
     """
     local = find_tokenizer(hub_id, cache_dir=cache_dir, beside=beside)
     if local is not None:
-        return LocalTokenizer(class_name, local, pad_id)
+        return LocalTokenizer(class_name, local, pad_id, settings)
     import transformers
 
     tokenizer_class = getattr(transformers, class_name)
     try:
-        tokenizer = tokenizer_class.from_pretrained(hub_id)
+        tokenizer = tokenizer_class.from_pretrained(hub_id, **(settings or {}))
         if len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) < _SMALLEST_PUBLISHED:
             raise ValueError("no vocabulary came")  # without the files, transformers makes an empty tokenizer
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from library.base.errors import Problem
 from library.options.ranges import exclusive
-from library.options.schema import option
+from library.options.schema import OptionSet, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +45,24 @@ class DiffusersAttentionOptions:
     """Old attention flag: kept for existing command lines."""
 
     diffusers_xformers: bool = option(False, help="attention of the xformers package, through diffusers")
+
+
+# switches of single families -> the implementation that they choose
+_SWITCHES = {"use_flash_attn": "flash", "use_sage_attn": "sageattn"}
+
+
+def chosen_back_end(options: OptionSet) -> tuple[str, str]:
+    """(flag, implementation of the denoiser's attention); flags of a family win over the shared ones."""
+    values = options.values()
+    if values.get("attn_mode"):
+        return "--attn_mode", values["attn_mode"]
+    for name, back_end in _SWITCHES.items():
+        if values.get(name):
+            return f"--{name}", back_end
+    back_end = options[AttentionOptions].back_end
+    return f"--{back_end}", back_end
+
+
+def splits_attention(options: OptionSet) -> bool:
+    """Whether the denoiser attends within one image of the batch after the other."""
+    return bool(options.values().get("split_attn"))

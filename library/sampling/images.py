@@ -70,7 +70,7 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
-def save_png(image: Tensor, path: Path, request: SampleRequest, model: str) -> None:
+def save_png(image: Tensor, path: Path, request: SampleRequest, model: str, *, with_text: bool = True) -> None:
     """Write an image, complete or not at all.
 
     Its text holds `parameters`, which image programs read, and `sample_request`, the request as JSON.
@@ -80,11 +80,13 @@ def save_png(image: Tensor, path: Path, request: SampleRequest, model: str) -> N
         path: where it goes.
         request: it was made from, with its seed.
         model: name of the base model.
+        with_text: write that text.
     """
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", settings_text(request, model))
-    info.add_text(REQUEST_KEY, json.dumps({**asdict(request), "model": model}, ensure_ascii=False))
+    if with_text:
+        info.add_text("parameters", settings_text(request, model))
+        info.add_text(REQUEST_KEY, json.dumps({**asdict(request), "model": model}, ensure_ascii=False))
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
 

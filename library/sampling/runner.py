@@ -51,7 +51,7 @@ class ImageModel:
         maker: of the family.
         denoiser: the model, with its adapters.
         vae: decoder; on the device for decoding only.
-        condition: prompt -> conditioning on the device.
+        condition: (prompt, negative=whether it says what not to show) -> conditioning on the device.
         device: where the model computes.
         autocast: makes the context the denoiser runs in.
     """
@@ -59,7 +59,7 @@ class ImageModel:
     maker: ImageMaker
     denoiser: nn.Module
     vae: nn.Module
-    condition: Callable[[str], Conditioning]
+    condition: Callable[..., Conditioning]
     device: torch.device
     autocast: Callable[[], AbstractContextManager[None]]
 
@@ -79,7 +79,7 @@ class ImageModel:
         shape = 1, self.maker.latent_channels, request.height // factor, request.width // factor
         noise = torch.randn(shape, generator=generator).to(self.device)
         positive = self.condition(request.prompt)
-        negative = self.condition(request.negative) if request.scale != 1.0 else None
+        negative = self.condition(request.negative, negative=True) if request.scale != 1.0 else None
         with self.autocast():
             latents = self.maker.sample_latents(self.denoiser, request, positive, negative, noise, generator, tick)
         home = next(self.vae.parameters()).device

@@ -24,7 +24,7 @@ from library.optim.registry import build_optimizer
 from library.optim.rounding import WideUpdates
 from library.optim.scaler import HalfGradScaler
 from library.optim.schedulers import build_schedule
-from library.options.attention import AttentionOptions
+from library.options.attention import chosen_back_end, splits_attention
 from library.options.compiling import CompileOptions
 from library.options.ema import EmaOptions
 from library.options.loss import LossOptions
@@ -101,13 +101,16 @@ def needed(setting: Setting, caches: DiskCaches | None, *, replayed: bool) -> Ne
 
 
 def _preparations(setting: Setting) -> dict[str, Callable[[nn.Module], None]]:
-    """How the parts keep their weights: with `--fp8_base` the blocks of denoiser and text encoders in 8 bits."""
-    precision = setting.plan.options[PrecisionOptions]
+    """How the parts keep their weights: with `--fp8_base` the blocks of denoiser and text encoders in 8 bits.
+
+    Some families have flags of their own for one of the parts.
+    """
+    precision, own = setting.plan.options[PrecisionOptions], setting.plan.options.values()
     denoising, text = setting.strategies.denoising, setting.strategies.text_encoding
     prepared: dict[str, Callable[[nn.Module], None]] = {}
-    if precision.fp8_base or precision.fp8_base_unet:
+    if precision.fp8_base or precision.fp8_base_unet or own.get("fp8_scaled"):
         prepared["prepare_denoiser"] = lambda module: prepare_fp8(denoising.blocks(module))
-    if precision.fp8_base and not precision.fp8_base_unet:
+    if (precision.fp8_base and not precision.fp8_base_unet) or own.get("fp8_vl"):
         # transformers gives T5's `wo` inputs of the format of its weight
         prepared["prepare_text_encoder"] = lambda module: prepare_fp8(text.blocks(module), skip=("wo",))
     return prepared
@@ -161,7 +164,7 @@ def wrap_blocks(setting: Setting, components: Components, trained: list[bool]) -
     memory = options[MemoryOptions]
     denoising, text = setting.strategies.denoising, setting.strategies.text_encoding
     assert components.denoiser is not None
-    use_attention(components.denoiser, options[AttentionOptions].back_end)
+    use_attention(components.denoiser, chosen_back_end(options)[1], by_image=splits_attention(options))
     blocks = denoising.blocks(components.denoiser)
     if memory.gradient_checkpointing:
         encoders = [e for e, on in zip(components.text_encoders, trained) if on and e is not None]

@@ -29,7 +29,7 @@ class ConditioningSource:
         encoders: loaded text encoders, None where one is absent.
         trained: which of them an adapter changes.
         cached: caption -> conditioning with the outputs of the untrained encoders, or None.
-        prompts: the same for the prompts of sample images, which may be longer and weighted.
+        prompts: (prompt of a sample image, whether it is a negative one) -> the same; they may be longer and weighted.
         device: where conditioning is needed.
         autocast: makes the context the encoders run in.
     """
@@ -42,7 +42,7 @@ class ConditioningSource:
         cached: Mapping[str, Conditioning] | None,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[None]],
-        prompts: Mapping[str, Conditioning] | None = None,
+        prompts: Mapping[tuple[str, bool], Conditioning] | None = None,
     ) -> None:
         self.strategies = strategies
         self.encoders = list(encoders)
@@ -81,13 +81,20 @@ class ConditioningSource:
                 found = self.encode(captions, rest)
         return found.merged(self.encode(captions, live)) if any(self.trained) else found
 
-    def for_prompt(self, prompt: str) -> Conditioning:
-        """Conditioning of a sample prompt, without gradients."""
+    def for_prompt(self, prompt: str, *, negative: bool = False, beside: Sequence[str] = ()) -> Conditioning:
+        """Conditioning of a sample prompt, or of what the image is not to show, without gradients.
+
+        Args:
+            prompt: the text.
+            negative: whether it says what the image is not to show.
+            beside: what other encoders read of the same image.
+        """
+        tokenize = self.strategies.tokenize
         with torch.no_grad():
-            tokens = self.strategies.tokenize.tokenize_prompt(prompt)
+            tokens = tokenize.tokenize_negative(prompt) if negative else tokenize.tokenize_beside(prompt, beside)
             if self.prompts is None:
                 return self._encode(tokens, self.encoders)
-            found = self.prompts[prompt].to(self.device)
+            found = self.prompts[prompt, negative].to(self.device)
             if not any(self.trained):
                 return found
             live = [encoder if on else None for encoder, on in zip(self.encoders, self.trained)]

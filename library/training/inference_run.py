@@ -1,6 +1,8 @@
 """Make images without training, with the very parts that make the samples of a training."""
 
+import io
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +20,11 @@ from library.base.logs import logger
 from library.base.text import PROMPT_OPTIONS, PromptOption, parse_prompt_line
 from library.batch import Conditioning
 from library.family import Family, InferenceSpec
-from library.modules.attention import use_attention
+from library.modules.attention import check_back_end, use_attention
 from library.modules.components import Components, Need
 from library.modules.loading import open_model_file
 from library.modules.quantize import prepare_fp8, put_fp8
-from library.options.attention import AttentionOptions
+from library.options.attention import chosen_back_end, splits_attention
 from library.options.inference import FORMATS, InferenceModelOptions, InferenceOptions, adapter_strength
 from library.options.schema import OptionSet
 from library.sampling.images import save_png, time_stamp
@@ -102,6 +104,7 @@ class Studio:
         name: of the model file.
         networks: adapters whose strength can be changed, in the order of their files.
         strengths: what is asked for each.
+        with_text: write the requests into the images.
     """
 
     model: ImageModel
@@ -109,6 +112,7 @@ class Studio:
     name: str
     networks: list[Any] = field(default_factory=list)
     strengths: list[float] = field(default_factory=list)
+    with_text: bool = True
 
 
 def run_inference(family: Family, options: OptionSet, training: OptionSet) -> list[Path]:
@@ -129,21 +133,50 @@ def run_inference(family: Family, options: OptionSet, training: OptionSet) -> li
     wanted = options[InferenceOptions]
     adapters = _adapter_files(options[InferenceModelOptions])
     folder = _output_folder(wanted.output_dir)
-    device = _device()
+    check_back_end(*chosen_back_end(training), trained=False)
+    device = _device(_own(options, "device"))
     formats = Formats.of(family.inference, options, device)
     variant = resolve(family.inspect)(training)
     strategies: Strategies = resolve(family.strategies)(training, variant)
+    if family.inference.tune is not None:
+        resolve(family.inference.tune)(strategies.denoising, options)
     defaults = strategies.denoising.sample_defaults
     values = _prompt_values(family.inference, options, variant.name)
     given = {key: value for key, value in values.items() if key not in _untouched(family.inference, options)}
     request = make_request(0, values, defaults)
-    if not wanted.interactive:
+    source = _own(options, "from_file")
+    several = wanted.interactive or source is not None
+    if not several:
         for note in prompt_notes([given], [request], defaults):
             logger.warning("%s", note)
     studio = _load(family, options, training, strategies, formats, adapters, device)
-    if not wanted.interactive:
+    studio.with_text = not _own(options, "no_metadata")
+    if not several:
         return [_write(studio, request, folder)]
-    return list(_answer(studio, values, folder, sys.stdin))
+    if source is None:
+        return list(_answer(studio, values, folder, sys.stdin))
+    return list(_answer(studio, values, folder, _prompt_lines(source)))
+
+
+def _own(options: OptionSet, name: str) -> Any:
+    """The value of a flag that not every family has."""
+    return options.value(name) if name in options.offered else None
+
+
+def _prompt_lines(path: str) -> io.StringIO:
+    """The prompts of a file, without empty lines and those that begin with `#`.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError("--from_file", path, f"cannot be read: {error}") from error
+    prompts = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise UserError("--from_file", path, "holds no prompt")
+    return io.StringIO("\n".join(prompts))
 
 
 def _untouched(spec: InferenceSpec, options: OptionSet) -> set[str]:
@@ -179,7 +212,18 @@ def _output_folder(name: str) -> Path:
     return folder
 
 
-def _device() -> torch.device:
+def _device(name: str | None = None) -> torch.device:
+    """The named device, or the best one there is.
+
+    Raises:
+        UserError: it does not exist here.
+    """
+    if name is not None:
+        try:
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError("--device", name, "cannot be used here; leave it out, or use cuda or cpu") from error
+        return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -207,13 +251,20 @@ def _load(
     if model.merge_lora_weights:
         for path, strength in adapters:
             network, weights = _network(family, components, path, strength)
+            weights = _chosen(weights, _own(options, "include_patterns"), _own(options, "exclude_patterns"))
             network.merge_to(_encoders(components), components.published_denoiser, weights, torch.float32, home)
             logger.info("merged %s with strength %g", path, strength)
     _quantize(components, strategies, formats)
     networks = [] if model.merge_lora_weights else [_install(family, components, *one, device) for one in adapters]
-    use_attention(components.denoiser, training[AttentionOptions].back_end)
+    use_attention(components.denoiser, chosen_back_end(training)[1], by_image=splits_attention(training))
+    cpu = torch.device("cpu")
+    text_places = (cpu, cpu) if _own(options, "text_encoder_cpu") else (device, home)
+    for encoder in components.text_encoders:
+        if encoder is not None:
+            encoder.to(text_places[1])
+    second = _own(options, "prompt2")
     return Studio(
-        _image_model(strategies, components, formats, device, home),
+        _image_model(strategies, components, formats, (device, home), text_places, second),
         strategies.denoising.sample_defaults,
         components.source.stem,
         networks,
@@ -247,7 +298,8 @@ def _components(
     components.text_encoders = texts.text_encoders
     components.published_text_encoders = texts.published_text_encoders
     for encoder, one in zip(components.text_encoders, formats.encoders, strict=True):
-        encoder.to(one.dtype)
+        if encoder is not None:
+            encoder.to(one.dtype)
     components.freeze()
     return components
 
@@ -285,6 +337,21 @@ def _network(family: Family, components: Components, path: str, strength: float)
     )
 
 
+def _chosen(
+    weights: Mapping[str, Any], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> Mapping[str, Any]:
+    """The tensors in whose names one of `include` is found, if there are any, and none of `exclude`."""
+
+    def found(patterns: Sequence[str] | None, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in patterns or ())
+
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if (not include or found(include, name)) and not found(exclude, name)
+    }
+
+
 def _install(family: Family, components: Components, path: str, strength: float, device: torch.device) -> Any:
     """Let an adapter file act in the model's forward."""
     network, _ = _network(family, components, path, strength)
@@ -296,10 +363,25 @@ def _install(family: Family, components: Components, path: str, strength: float,
 
 
 def _image_model(
-    strategies: Strategies, components: Components, formats: Formats, device: torch.device, home: torch.device
+    strategies: Strategies,
+    components: Components,
+    formats: Formats,
+    places: tuple[torch.device, torch.device],
+    text_places: tuple[torch.device, torch.device],
+    second: str | None,
 ) -> ImageModel:
-    """What makes images of the loaded parts; each part comes to the device for its own work only."""
+    """What makes images of the loaded parts; each part comes to the device for its own work only.
+
+    Args:
+        strategies: of the family.
+        components: the parts.
+        formats: of the parts.
+        places: where the model computes, and where it waits.
+        text_places: the same of the text encoders.
+        second: what text encoders after the first read instead of the prompt.
+    """
     denoiser, encoders = components.denoiser, components.text_encoders
+    device, home = places
     assert denoiser is not None and components.vae is not None
 
     @contextmanager
@@ -307,9 +389,11 @@ def _image_model(
         with _lent([denoiser], device, home), autocast_context(device, formats.denoiser.dtype)():
             yield
 
-    def condition(prompt: str) -> Conditioning:
-        with _lent(encoders, device, home):
-            return _condition(strategies, encoders, formats.encoders, device, prompt)
+    def condition(prompt: str, *, negative: bool = False) -> Conditioning:
+        texts = [prompt if place == 0 or negative or second is None else second for place in range(len(encoders))]
+        with _lent(encoders, *text_places):
+            made = _condition(strategies, encoders, formats.encoders, text_places[0], texts, negative=negative)
+            return made.to(device)
 
     return ImageModel(
         maker=strategies.denoising,
@@ -326,15 +410,18 @@ def _condition(
     encoders: Sequence[nn.Module | None],
     formats: Sequence[Format],
     device: torch.device,
-    prompt: str,
+    texts: Sequence[str],
+    *,
+    negative: bool,
 ) -> Conditioning:
-    """Conditioning of a prompt; encoders of different formats run one after the other, each in its own."""
+    """Conditioning of a text for each encoder; those of other formats or texts run one after the other."""
     found = None
-    for dtype in dict.fromkeys(one.dtype for one in formats):
-        chosen = [encoder if one.dtype == dtype else None for encoder, one in zip(encoders, formats, strict=True)]
+    ways = [(one.dtype, text) for one, text in zip(formats, texts, strict=True)]
+    for dtype, text in dict.fromkeys(ways):
+        chosen = [encoder if way == (dtype, text) else None for encoder, way in zip(encoders, ways, strict=True)]
         idle = [False] * len(chosen)
         source = ConditioningSource(strategies, chosen, idle, None, device, autocast_context(device, dtype))
-        one = source.for_prompt(prompt)
+        one = source.for_prompt(text, negative=negative, beside=texts)
         found = one if found is None else found.merged(one)
     assert found is not None
     return found
@@ -374,7 +461,7 @@ def _write(studio: Studio, request: SampleRequest, folder: Path) -> Path:
     while path.exists():  # made within the same second
         number += 1
         path = folder / f"{start}_{number}.png"
-    save_png(image, path, request, studio.name)
+    save_png(image, path, request, studio.name, with_text=studio.with_text)
     say("%s in %.1f s", path, progress.seconds)
     return path
 

@@ -27,14 +27,14 @@ class Readable:
         validation: images to validate on.
         latents: gives the latents of their batches.
         texts: conditioning of single captions, or None where encoders stay.
-        prompts: the same of the prompts of sample images.
+        prompts: the same of the prompts of sample images, and of negative ones (True).
     """
 
     train: TrainDataset
     validation: TrainDataset
     latents: LatentSource
     texts: Mapping[str, Conditioning] | None
-    prompts: Mapping[str, Conditioning] | None
+    prompts: Mapping[tuple[str, bool], Conditioning] | None
 
 
 def make_disk_caches(setting: Setting) -> DiskCaches | None:
@@ -115,14 +115,16 @@ def _texts_in_memory(
 
 def _prompts_in_memory(
     setting: Setting, components: Components, autocast: Autocast
-) -> Mapping[str, Conditioning] | None:
+) -> Mapping[tuple[str, bool], Conditioning] | None:
     """Conditioning of sample prompts, where text encoders leave after caching."""
     if not setting.plan.cache_text or not setting.inspected.requests:
         return None
     encoders = components.text_encoders
     source = ConditioningSource(setting.strategies, encoders, [False] * len(encoders), None, setting.device, autocast)
-    texts = {text for request in setting.inspected.requests for text in (request.prompt, request.negative)}
-    return {text: source.for_prompt(text).to(torch.device("cpu")) for text in sorted(texts)}
+    requests = setting.inspected.requests
+    texts = {(request.prompt, False) for request in requests} | {(request.negative, True) for request in requests}
+    home = torch.device("cpu")
+    return {(text, negative): source.for_prompt(text, negative=negative).to(home) for text, negative in sorted(texts)}
 
 
 def _captions(data: TrainDataset) -> list[str]:

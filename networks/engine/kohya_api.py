@@ -197,7 +197,7 @@ class _Builder:
             num_text_encoders=self.num_text_encoders,
             prefixes=self._prefixes(),
             split_counts=split_counts(self.parts, self.table),
-            rules=GroupRules.of(self.arguments, self.factors),
+            rules=GroupRules.of(self.arguments, self.factors, self.table.matches),
             train_t5xxl=bool(self.arguments.get("train_t5xxl")) or any(t.name.startswith("lora_te3_") for t in targets),
         )
         return AdapterNetwork(targets, traits, settings=settings, adapter=self.adapter)

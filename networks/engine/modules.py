@@ -54,10 +54,11 @@ class LoRAModule(nn.Module):
         lora_dim: rank (of each part).
         scale: alpha / rank; follows the alpha of loaded weights.
         multiplier: a number, or a tensor [B] with one strength per sample.
-        part, block: where the layer is in the model; set by the network.
+        part, path, block: where the layer is in the model; set by the network.
     """
 
     part: str = ""
+    path: str = ""
     block: int | None = None
 
     def __init__(

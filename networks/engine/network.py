@@ -88,7 +88,7 @@ class AdapterNetwork(nn.Module):
                 settings=settings,
                 split=target.split,
             )
-            module.part, module.block = target.part, target.block
+            module.part, module.path, module.block = target.part, target.path, target.block
             (self.unet_loras if target.part == DENOISER else self.text_encoder_loras).append(module)
         self._without_rate: set[int] = set()
         self._backup: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from networks.engine.arguments import (
 )
 from networks.engine.modules import LoRAModule
 from networks.engine.selection import BlockRanks, Rank
-from networks.engine.targets import DENOISER, BlockScheme
+from networks.engine.targets import DENOISER, BlockScheme, Matches, part_of_name
 
 BLOCK_ARGUMENTS: tuple[Argument, ...] = (
     Argument(name="block_dims", parse=parse_list(parse_int), help="rank of each denoiser block"),
@@ -128,14 +128,18 @@ class GroupRules:
         plus_ratio: LoRA+ ratio of a part ("denoiser", "text_encoder"), or None.
         block_factors: factor per block number, or None.
         by_name: (regex, rate) pairs of `network_reg_lrs`.
+        matches: how these are read.
     """
 
     plus_ratio: Mapping[str, float | None] = field(default_factory=dict)
     block_factors: Sequence[float] | None = None
     by_name: Sequence[tuple[re.Pattern[str], float]] = ()
+    matches: Matches = part_of_name
 
     @classmethod
-    def of(cls, arguments: Arguments, factors: Sequence[float] | None) -> "GroupRules":
+    def of(
+        cls, arguments: Arguments, factors: Sequence[float] | None, matches: Matches = part_of_name
+    ) -> "GroupRules":
         """Rules from the network arguments."""
         general = arguments.get("loraplus_lr_ratio")
         return cls(
@@ -145,6 +149,7 @@ class GroupRules:
             },
             block_factors=factors,
             by_name=arguments.get("network_reg_lrs") or (),
+            matches=matches,
         )
 
 
@@ -194,7 +199,10 @@ def _subsections(section: Section, rules: GroupRules) -> Iterator[tuple[str, flo
     own: dict[int, list[LoRAModule]] = {}
     rest: list[LoRAModule] = []
     for module in section.modules:
-        index = next((i for i, (regex, _) in enumerate(rules.by_name) if regex.search(module.lora_name)), None)
+        index = next(
+            (i for i, (regex, _) in enumerate(rules.by_name) if rules.matches(regex, module.lora_name, module.path)),
+            None,
+        )
         (rest if index is None else own.setdefault(index, [])).append(module)
     if rules.block_factors is None or section.kind != DENOISER:
         yield section.label, section.rate, rest

@@ -149,7 +149,7 @@ class _Chooser:
 
     def accepts(self, group: TargetGroup) -> Callable[[str], bool]:
         """A predicate over paths: whether a layer inside a target class is wanted at all."""
-        if group.part != DENOISER or self.table.select is None:
+        if self.table.select is None or (group.part != DENOISER and not self.table.selects_text):
             return lambda _path: True
         return self.table.select(self.arguments, self.paths)
 
@@ -160,7 +160,7 @@ class _Chooser:
         """Rank by, in this order: network_reg_dims, block ranks, rank rules, the defaults."""
         default = self.plan.default
         for pattern, dim in self.arguments.get("network_reg_dims") or ():
-            if pattern.search(name):
+            if self.table.matches(pattern, name, path):
                 return Rank(dim, default.alpha)
         large = is_conv(module) and tuple(module.kernel_size) != (1, 1)
         block = self.block(group, path)

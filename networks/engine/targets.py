@@ -1,5 +1,6 @@
 """What a family's network module is: a table of which layers get adapters, under which names and with which rank."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -102,6 +103,20 @@ class BlockScheme:
 
 
 Select = Callable[[Arguments, Sequence[str]], Callable[[str], bool]]
+Matches = Callable[[re.Pattern[str], str, str], bool]
+"""(pattern of `network_reg_dims` or `network_reg_lrs`, key name, path) -> whether the layer is meant."""
+
+
+def part_of_name(pattern: re.Pattern[str], name: str, path: str) -> bool:
+    """Whether the pattern is found in the key name."""
+    del path
+    return pattern.search(name) is not None
+
+
+def whole_path(pattern: re.Pattern[str], name: str, path: str) -> bool:
+    """Whether the pattern matches the path within its part of the model from end to end."""
+    del name
+    return pattern.fullmatch(path) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +128,8 @@ class TargetTable:
         groups: text encoders first, so their keys come first.
         arguments: accepted keys of `--network_args`.
         select: (arguments, all denoiser paths) -> which denoiser paths in blocks get adapters; all when None.
+        selects_text: whether `select` chooses among the layers of text encoders too.
+        matches: how patterns of `network_reg_dims` and `network_reg_lrs` are read.
         schemes: block numberings, the first whose marker fits is used.
     """
 
@@ -120,4 +137,6 @@ class TargetTable:
     groups: tuple[TargetGroup, ...]
     arguments: tuple[Argument, ...]
     select: Select | None = None
+    selects_text: bool = False
+    matches: Matches = part_of_name
     schemes: tuple[BlockScheme, ...] = ()

@@ -1,5 +1,6 @@
 """Two gloo ranks against one process that accumulates twice."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.runs import dataset_toml, events, network_arguments, run_training
+from support.runs import MODEL_FLAGS, dataset_toml, events, network_arguments, run_training
 
 from library.base.safetensors_io import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"sd": "train_network.py", "flux": "flux_train_network.py"}
 
 
 def launch(script, arguments, processes):
@@ -31,35 +31,46 @@ def launch(script, arguments, processes):
     )
 
 
-@pytest.mark.dist
-@pytest.mark.parametrize("family", ["sd", "flux"])
-def test_two_ranks_equal_accumulation_two(family, inputs, tmp_path):
+MODELS = sorted(MODEL_FLAGS)
+
+
+def ranked_arguments(name, inputs, folder, accumulation):
     """Seven training images in batches of two make four batches with a short last window; dropout is on."""
-    runs = {}
-    for name, accumulation in (("one", "2"), ("two", "1")):
-        folder = tmp_path / name
-        folder.mkdir()
-        toml = dataset_toml(folder, inputs, batch_size=2, dataset="validation_split = 0.3\nvalidation_seed = 1")
-        more = ("--gradient_accumulation_steps", accumulation, "--network_dropout", "0.1", "--max_train_steps", "5")
-        arguments = network_arguments(family, inputs, folder, toml, *more, "--cache_latents")
-        if name == "one":
-            run_training(family, arguments)
-        else:
-            done = launch(SCRIPTS[family], arguments, 2)
-            assert done.returncode == 0, done.stderr[-3000:]
-            assert "x 2 processes per optimizer step" in done.stderr
-            assert done.stderr.count("use it") == 1  # one rank talks
-        log = events(folder / "out")
-        steps = [event for event in log if event["event"] == "step"]
-        runs[name] = (
-            [event["loss"] for event in steps],
-            [event["norm/grad"] for event in steps],
-            [event["loss"] for event in log if event["event"] == "validation"],
-            load_file(folder / "out" / "last.safetensors"),
-        )
-    for one, two in zip(runs["one"][:3], runs["two"][:3], strict=True):
+    folder.mkdir(parents=True)
+    toml = dataset_toml(folder, inputs, batch_size=2, dataset="validation_split = 0.3\nvalidation_seed = 1")
+    more = ("--gradient_accumulation_steps", accumulation, "--network_dropout", "0.1", "--max_train_steps", "5")
+    return network_arguments(name, inputs, folder, toml, *more, "--cache_latents")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs, tmp_path_factory):
+    """Folder with the results of every model's training by two ranks, all in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = [(name, ranked_arguments(name, inputs, folder / name, "1")) for name in MODELS]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = launch("tests/support/rank_runs.py", [str(folder / "jobs.json")], 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("x 2 processes per optimizer step") == len(MODELS)
+    assert done.stderr.count("use it") == len(MODELS)  # one rank talks
+    return folder
+
+
+def found(folder):
+    """Losses, gradient norms and validation losses of a run, and its adapter."""
+    log = events(folder / "out")
+    steps = [event for event in log if event["event"] == "step"]
+    validated = [event["loss"] for event in log if event["event"] == "validation"]
+    values = [event["loss"] for event in steps], [event["norm/grad"] for event in steps], validated
+    return values, load_file(folder / "out" / "last.safetensors")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_equal_accumulation_two(name, inputs, two_ranks, tmp_path):
+    run_training(name, ranked_arguments(name, inputs, tmp_path / "one", "2"))
+    (ones, a), (twos, b) = found(tmp_path / "one"), found(two_ranks / name)
+    for one, two in zip(ones, twos, strict=True):
         assert one == pytest.approx(two, rel=1e-5)
-    a, b = runs["one"][3], runs["two"][3]
     error = sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
     assert error <= 1e-3 * sum(float(a[name].square().sum()) for name in a if "lora_up" in name) ** 0.5
 
@@ -111,7 +122,7 @@ def test_two_ranks_go_on_from_the_state_of_one_process(inputs, tmp_path):
 
     run_training("flux", arguments("straight", "6", "2"))
     run_training("flux", arguments("split", "2", "2"))
-    done = launch(SCRIPTS["flux"], arguments("split", "6", "1"), 2)
+    done = launch("flux_train_network.py", arguments("split", "6", "1"), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     straight, split = (
         [event["loss"] for event in events(tmp_path / name / "out") if event["event"] == "step"]

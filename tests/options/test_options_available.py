@@ -24,7 +24,8 @@ from tools.dev import freeze_flags
 SD = {"pretrained_model_name_or_path": "m.safetensors", "dataset_config": "d.toml", "output_dir": "out"}
 FLUX = {**SD, "clip_l": "c", "t5xxl": "t", "ae": "a"}
 LUMINA = {**SD, "gemma2": "g", "ae": "a"}
-COMPLETE = {"sd": SD, "sdxl": SD, "flux": FLUX, "lumina": LUMINA}
+ANIMA = {**SD, "qwen3": "q", "vae": "v"}
+COMPLETE = {"sd": SD, "sdxl": SD, "flux": FLUX, "lumina": LUMINA, "anima": ANIMA}
 # a changed value that fits each type; choices and special texts by name
 SAMPLES = {bool: True, int: 3, float: 0.7, str: "x"}
 SPECIAL = {"face_crop_aug_range": "1,2", "zero_stage": 1}
@@ -32,7 +33,6 @@ SPECIAL = {"face_crop_aug_range": "1,2", "zero_stage": 1}
 UNAVAILABLE = {
     ("anima_train", "anima", "full"),
     ("anima_train_control_net_lllite", "anima", "lllite"),
-    ("anima_train_network", "anima", "network"),
     ("fine_tune", "sd", "full"),
     ("flux_train", "flux", "full"),
     ("flux_train_control_net", "flux", "control_net"),

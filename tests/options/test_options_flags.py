@@ -201,7 +201,8 @@ for script in sys.argv[1:]:
             runpy.run_path(script, run_name="__main__")
     except SystemExit as error:
         assert error.code in (0, None), script
-    assert "--pretrained_model_name_or_path" in out.getvalue() or "--ckpt_path" in out.getvalue(), script
+    flags = ("--pretrained_model_name_or_path", "--ckpt_path", "--dit")
+    assert any(flag in out.getvalue() for flag in flags), script
     loaded = heavy & set(sys.modules)
     assert not loaded, (script, loaded)
 print("light")

@@ -21,6 +21,7 @@ FAMILY_OF = {
     "flux_train_network.py": "flux",
     "anima_train_network.py": "anima",
     "lumina_train_network.py": "lumina",
+    "hunyuan_image_train_network.py": "hunyuan_image",
 }
 # the files that a family's scripts are told of, and what else its tiny models need
 MODEL_FLAGS: dict[str, dict[str, str]] = {
@@ -47,6 +48,12 @@ MODEL_FLAGS: dict[str, dict[str, str]] = {
         "--ae": "ae",
     },
     "anima": {"--pretrained_model_name_or_path": "anima", "--qwen3": "qwen3", "--vae": "qwen_image_vae"},
+    "hunyuan_image": {
+        "--pretrained_model_name_or_path": "hunyuan_image",
+        "--text_encoder": "qwen2_5_vl",
+        "--byt5": "byt5",
+        "--vae": "hunyuan_image_vae",
+    },
     "lumina": {"--pretrained_model_name_or_path": "lumina2", "--gemma2": "gemma2_2b", "--ae": "ae"},
 }
 # models that are variants of a family
@@ -72,6 +79,7 @@ NETWORK_MODULES = {
     "chroma": "networks.lora_flux",
     "anima": "networks.lora_anima",
     "lumina": "networks.lora_lumina",
+    "hunyuan_image": "networks.lora_hunyuan_image",
 }
 
 
