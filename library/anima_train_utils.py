@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from library.base.errors import Problem
-from library.family import Family, LatentSpec, TextSpec
+from library.family import Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.attention import DitAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.compiling import CompileOptions
 from library.options.flow import FlowOptions, FlowSamplingOptions
+from library.options.inference import format_problems
 from library.options.memory import VaeMemoryOptions
+from library.options.model import ModelOptions
 from library.options.network import NetworkOptions
+from library.options.precision import PrecisionOptions
 from library.options.ranges import at_least, share
 from library.options.schema import OptionSet, option
+from library.options.script_inference import NAMES, ScriptInferenceOptions, shared_values
 
 LLLITE_PRESETS = ("self_attn_q", "self_attn_qkv", "self_attn_qkv_cross_q")
 LLLITE_LAYERS = ("self_attn_q_pre", "self_attn_kv_pre", "cross_attn_q_pre", "mlp_fc1_pre")
@@ -26,7 +31,9 @@ class AnimaOptions:
     t5_tokenizer_path: str | None = option(None, help="folder of the T5 tokenizer; a bundled one when not given")
     qwen3_max_token_length: int = option(512, help="longest caption in Qwen3 tokens")
     t5_max_token_length: int = option(512, help="longest caption in T5 tokens")
-    llm_adapter_path: str | None = option(None, help="separate file of the text adapter (does nothing)")
+    llm_adapter_path: str | None = option(
+        None, help="separate file of the text adapter, instead of the one in the model file"
+    )
     llm_adapter_lr: float | None = option(None, help="learning rate of the text adapter; 0: not trained")
     self_attn_lr: float | None = option(None, help="learning rate of self-attention; 0: not trained")
     cross_attn_lr: float | None = option(None, help="learning rate of cross-attention; 0: not trained")
@@ -67,6 +74,41 @@ class AnimaLLLiteOptions:
             yield Problem("--lllite_target_layers", f"expected {expected}", self.lllite_target_layers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnimaInferenceOptions:
+    """Anima: its files, their number formats, and how they compute."""
+
+    dit: str = option(help="transformer file")
+    text_encoder: str = option(help="Qwen3 file or folder")
+    vae: str = option(help="Qwen-Image VAE file")
+    llm_adapter_path: str | None = option(None, help="separate file of the text adapter")
+    t5_tokenizer_path: str | None = option(None, help="folder of the T5 tokenizer")
+    qwen3_max_token_length: int = option(512, help="longest prompt in Qwen3 tokens")
+    t5_max_token_length: int = option(512, help="longest prompt in T5 tokens")
+    attn_mode: str = option(
+        "torch",
+        help="implementation of attention; sdpa is another name of torch",
+        choices=("flash", "torch", "sageattn", "xformers", "sdpa"),
+    )
+    vae_chunk_size: int | None = option(None, help="rows of an image that the VAE handles at a time")
+    vae_disable_cache: bool = option(False, help="do not keep the VAE's features between chunks")
+    dit_dtype: str | None = option(None, help="number format of the transformer; fp8 keeps its weights in 8 bits")
+    text_encoder_dtype: str | None = option(None, help="number format of Qwen3; fp8 keeps its weights in 8 bits")
+    vae_dtype: str | None = option(None, help="number format of the VAE")
+
+    def problems(self) -> Iterator[Problem]:
+        """Checks that need this group only."""
+        lengths = {name: getattr(self, name) for name in ("qwen3_max_token_length", "t5_max_token_length")}
+        yield from at_least(1, **lengths, vae_chunk_size=self.vae_chunk_size)
+        yield from format_problems(self, "vae_dtype", weights_only=("dit_dtype", "text_encoder_dtype"))
+
+
+def inference_values(options: OptionSet) -> dict[str, Any]:
+    """What flags of the script say under the names of others."""
+    own = options[ScriptInferenceOptions]
+    return {**shared_values(options), **({"dit_dtype": "fp8"} if own.fp8 or own.fp8_scaled else {})}
+
+
 def check(options: OptionSet, task: str) -> Iterator[Problem]:
     """Rules between options of Anima scripts."""
     network = options.get(NetworkOptions)
@@ -75,6 +117,19 @@ def check(options: OptionSet, task: str) -> Iterator[Problem]:
     yield from text_caching_problems(options, trains_cached_encoders=trained)
     if options[CompileOptions].compile_fullgraph and options[DitAttentionOptions].split_attn:
         yield Problem("--compile_fullgraph", "cannot be combined with --split_attn")
+    precision = options[PrecisionOptions]
+    for name in ("fp8_base", "fp8_base_unet"):
+        if getattr(precision, name):
+            message = "Anima is not trained on 8-bit weights; leave it out: the whole model takes 4 GB in bf16"
+            yield Problem(f"--{name}", message)
+
+
+def missing(options: OptionSet, task: str) -> Iterator[Problem]:  # noqa: ARG001 - the signature of Family.missing
+    """Files without which Anima cannot be trained."""
+    if options[AnimaOptions].qwen3 is None:
+        yield Problem("--qwen3", "is required: the Qwen3 text encoder, a file or a folder")
+    if options[ModelOptions].vae is None:
+        yield Problem("--vae", "is required: the Qwen-Image VAE")
 
 
 FAMILY = Family(
@@ -82,6 +137,7 @@ FAMILY = Family(
     title="Anima",
     process="flow",
     tasks=frozenset({"network", "full", "lllite"}),
+    available_tasks=frozenset({"network"}),
     option_groups=(
         AnimaOptions,
         DitAttentionOptions,
@@ -96,6 +152,7 @@ FAMILY = Family(
     task_defaults={"lllite": {"cond_emb_dim": 32}},
     tracker_names={"network": "network_train", "full": "finetuning", "lllite": "lllite_control_net_train"},
     check=check,
+    missing=missing,
     latent=LatentSpec(channels=16, spatial_factor=8, resolution_step=16, cache_suffix="_anima"),
     text=TextSpec(
         cache_suffix="_anima_te",
@@ -106,5 +163,47 @@ FAMILY = Family(
             "t5_attn_mask": "int32",
             "caption_dropout_rate": "float",
         },
+    ),
+    default_network="networks.lora_anima",
+    inspect=Ref("library.anima_utils:inspect"),
+    load=Ref("library.anima_utils:load_components"),
+    identities=Ref("library.anima_utils:identities"),
+    strategies=Ref("library.strategy_anima:build_strategies"),
+    model_spec=Ref("library.anima_utils:model_spec"),
+    metadata_keys=(
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+        "timestep_sampling",
+        "sigmoid_scale",
+        "discrete_flow_shift",
+    ),
+    inference=InferenceSpec(
+        option_groups=(AnimaInferenceOptions, ScriptInferenceOptions),
+        hidden=frozenset(NAMES),
+        names=NAMES,
+        training={
+            "dit": "pretrained_model_name_or_path",
+            "text_encoder": "qwen3",
+            **{
+                name: name
+                for name in (
+                    "vae",
+                    "llm_adapter_path",
+                    "t5_tokenizer_path",
+                    "qwen3_max_token_length",
+                    "t5_max_token_length",
+                    "attn_mode",
+                    "vae_chunk_size",
+                    "vae_disable_cache",
+                )
+            },
+        },
+        prompt={"flow_shift": "flow_shift"},
+        denoiser_format="dit_dtype",
+        vae_format="vae_dtype",
+        encoder_formats=("text_encoder_dtype",),
+        shared=inference_values,
     ),
 )
