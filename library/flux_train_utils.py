@@ -79,6 +79,10 @@ class FluxInferenceOptions:
         """Checks that need this group only."""
         yield from at_least(1, t5xxl_max_token_length=self.t5xxl_max_token_length)
         yield from at_least(0, guidance=self.guidance)
+        if self.model_type == "chroma" and not self.apply_t5_attn_mask:
+            yield Problem("--model_type", "Chroma needs --apply_t5_attn_mask", "chroma")
+        if self.model_type == "chroma" and self.guidance != 0:
+            yield Problem("--guidance", "Chroma was trained with guidance 0; give --guidance 0, and --cfg_scale 4")
         yield from format_problems(self, "ae_dtype", weights_only=("flux_dtype", "clip_l_dtype", "t5xxl_dtype"))
 
 

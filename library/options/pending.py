@@ -64,13 +64,17 @@ NO_EFFECT: dict[str, dict[str, str]] = {
         "vae": "the autoencoder is named by --ae",
         "controlnet_model_name_or_path": "only flux_train_control_net.py uses it",
     },
-    "sd3": dict(_FLOW_NO_EFFECT),
+    "sd3": {
+        **_FLOW_NO_EFFECT,
+        **dict.fromkeys(("save_clip", "save_t5xxl"), "text encoders are never put into the files that training writes"),
+        **dict.fromkeys(("t5xxl_device", "t5xxl_dtype"), "T5 runs where the others run, in their number format"),
+    },
     "lumina": {
         **_FLOW_NO_EFFECT,
         "vae": "the autoencoder is named by --ae",
         "sample_batch_size": "sample images are made one after the other",
     },
-    "hunyuan_image": dict(_FLOW_NO_EFFECT),
+    "hunyuan_image": {**_FLOW_NO_EFFECT},
     "anima": {
         **_FLOW_NO_EFFECT,
         **dict.fromkeys(

@@ -15,6 +15,8 @@ CASES = [
     "sd15_opt_polynomial_accum",
     "sd2_lora_b2_cache",
     "sdxl_lora_b1",
+    "sd3_lora_b1",
+    "sd35_lora_b2_cache_disk",
     "sdxl_lora_b2_cache_disk",
     "flux_lora_dims_weighting",
     "flux_lora_flux_shift_t5lora",
@@ -24,6 +26,10 @@ CASES = [
     "sd15_opt_adafactor",
     "flux_lora_b1",
     "flux_lora_b2_cache_te_shift",
+    "chroma_lora_b1",
+    "anima_lora_b1",
+    "hunyuan_lora_b1_fp32",
+    "lumina_lora_b1",
 ]
 
 

@@ -82,7 +82,8 @@ def test_cached_text_changes_nothing(plain, inputs, tmp_path):
     """Encoded one by one instead of in batches, so sums may differ in their last bits."""
     name, run = plain
     cached = Run(name, inputs, tmp_path, "--cache_text_encoder_outputs")
-    assert list(cached.losses) == pytest.approx(list(run.losses), rel=1e-5)
+    assert cached.losses[0] == pytest.approx(run.losses[0], rel=1e-6)
+    assert list(cached.losses) == pytest.approx(list(run.losses), rel=1e-4)  # Adam makes more of last bits
 
 
 def test_replaying_is_the_same_run(plain, inputs, tmp_path):

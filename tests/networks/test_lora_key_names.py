@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,18 +41,71 @@ def models():
             "sdxl": ([clip_l, clip_g], published_view(sdxl_unet(), "sgm")),
             "flux": ([clip_l, t5], module_tree(flux, flux_class_names)),
             "flux_schnell": ([clip_l, t5], module_tree(schnell, flux_class_names)),
+            "lumina": lumina_models(),
+            "hunyuan_image": ([None, None], hunyuan_image()),
+            "sd3_medium": ([clip_l, clip_g, t5], mmdit("sd3_medium")),
+            "sd3_sd35m": ([clip_l, clip_g, t5], mmdit("sd35_medium")),
+            "sd3_sd35l": ([clip_l, clip_g, t5], mmdit("sd35_large")),
+            "anima": anima_models(),
             "flux_chroma": ([None, t5], module_tree(shapes("chroma"), flux_class_names)),
         }
+
+
+def anima_models():
+    """Qwen3-0.6B and the transformer with its text adapter."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    from library.anima_models import Anima, AnimaParams
+    from library.modules.llm_adapter import LLMAdapterParams
+
+    adapter = LLMAdapterParams(1024, 1024, 1024, 4096, 16, 6, 32128)
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    qwen3 = Qwen3Model(Qwen3Config(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=151936))
+    return qwen3, Anima(AnimaParams(16, 16, 2048, 8192, 16, 28, 1024, 256, (1.0, 4.0, 4.0), adapter))
 
 
 def shapes(name):
     return json.loads((GOLDEN / "networks" / f"{name}_shapes.json").read_text())
 
 
+def mmdit(name):
+    """The transformer whose sizes the published key list tells."""
+    from library.sd3_models import MMDiT
+    from library.sd3_utils import mmdit_params
+
+    keys = json.loads((GOLDEN / "keys" / f"{name}_mmdit.json").read_text())
+    return MMDiT(mmdit_params(SimpleNamespace(shapes=keys, path=name, metadata={}), ""))
+
+
+def hunyuan_image():
+    """The transformer whose sizes the published key list tells."""
+    from library.hunyuan_image_models import HunyuanImage
+    from library.hunyuan_image_utils import hunyuan_image_params
+
+    keys = json.loads((GOLDEN / "keys" / "hunyuan_image_transformer.json").read_text())
+    return HunyuanImage(hunyuan_image_params(SimpleNamespace(shapes=keys, path="published", metadata={}), ""))
+
+
+def lumina_models():
+    from transformers import Gemma2Config, Gemma2Model
+
+    from library.lumina_models import LuminaParams, NextDiT
+
+    sizes = {"hidden_size": 2304, "num_heads": 24, "num_kv_heads": 8, "mlp_size": 9216, "time_size": 1024}
+    counts = {"num_layers": 26, "num_refiner_layers": 2, "num_context_layers": 2}
+    params = LuminaParams(in_channels=16, cap_feat_dim=2304, axes_dim=(32, 32, 32), **sizes, **counts)
+    return [Gemma2Model(Gemma2Config())], NextDiT(params)
+
+
 def model_of(case):
+    for name in ("lumina", "hunyuan_image"):
+        if name in case:
+            return name
+    if "_sd3_" in case:
+        return next(name for name in ("sd3_medium", "sd3_sd35m", "sd3_sd35l") if name in case)
     if "flux" in case:
         return next((name for name in ("flux_schnell", "flux_chroma") if name.split("_")[1] in case), "flux")
-    return next(name for name in ("sdxl", "sd15", "sd2") if name in case)
+    return next(name for name in ("sdxl", "sd15", "sd2", "anima") if name in case)
 
 
 @pytest.mark.parametrize("case", CASES)
