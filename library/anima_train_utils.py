@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from library.base.errors import Problem
-from library.family import Family, InferenceSpec, LatentSpec, Ref, TextSpec
+from library.family import ExportPart, Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.attention import DitAttentionOptions
 from library.options.checks import text_caching_problems
 from library.options.compiling import CompileOptions
@@ -178,6 +178,21 @@ FAMILY = Family(
         "timestep_sampling",
         "sigmoid_scale",
         "discrete_flow_shift",
+    ),
+    exports=(
+        ExportPart(
+            prefixes=("lora_te",),
+            part="text_encoder:0",
+            diffusers=None,
+            comfy="text_encoders.qwen3_06b.transformer.model",
+        ),
+        ExportPart(
+            prefixes=("lora_unet",),
+            part="denoiser",
+            diffusers="transformer",
+            comfy="diffusion_model",
+            layers=Ref("library.anima_utils:DIFFUSERS_LAYERS"),
+        ),
     ),
     inference=InferenceSpec(
         option_groups=(AnimaInferenceOptions, ScriptInferenceOptions),

@@ -50,6 +50,7 @@ DIFFUSERS_LAYERS: tuple[LayerRule, ...] = (
     ),
     LayerRule(pattern=r"blocks\.(\d+)\.mlp\.layer1", names=(r"transformer_blocks.\1.ff.net.0.proj",)),
     LayerRule(pattern=r"blocks\.(\d+)\.mlp\.layer2", names=(r"transformer_blocks.\1.ff.net.2",)),
+    LayerRule(pattern=r"llm_adapter\.(.*)", names=(r"\1",), component="text_conditioner"),
 )
 
 

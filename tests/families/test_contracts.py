@@ -17,6 +17,7 @@ from library.training.network_adapter import import_network_module
 
 MODELS = sorted(MODEL_FLAGS)
 VARIED = "flip_aug = true\ncaption_dropout_rate = 0.3\n"
+WITHOUT_EIGHT_BITS = {"anima"}
 UNET = ("--network_train_unet_only", "--network_dropout", "0.1")
 PROMPTS = "a cat --w 64 --h 64 --s 2 --d 1\na cat --w 64 --h 64 --s 2 --d 1\na dog --w 64 --h 64 --s 2 --d 1\n"
 
@@ -57,9 +58,38 @@ def plain(request, inputs, tmp_path_factory):
     return request.param, Run(request.param, inputs, folder, *more, "--sample_every_n_steps", "3")
 
 
-def test_checkpointing_changes_nothing(plain, inputs, tmp_path):
+def test_checkpointed_and_swapped_blocks_change_nothing(plain, inputs, tmp_path):
     name, run = plain
-    assert_same(run, Run(name, inputs, tmp_path, "--gradient_checkpointing"))
+    assert_same(run, Run(name, inputs, tmp_path, "--gradient_checkpointing", "--blocks_to_swap", "1"))
+
+
+def test_other_attention_is_the_same_attention(plain, inputs, tmp_path):
+    name, run = plain
+    pieces = Run(name, inputs, tmp_path / "pieces", "--mem_eff_attn", steps="1")
+    assert pieces.losses[0] == pytest.approx(run.losses[0], rel=1e-5)
+    if "split_attn" in parse_options(FAMILY.get(name, name), "network", run.arguments).values():
+        split = Run(name, inputs, tmp_path / "split", "--split_attn", steps="1")
+        assert split.losses[0] == pytest.approx(run.losses[0], rel=1e-5)
+
+
+def test_compiled_blocks_are_the_same_blocks(plain, inputs, tmp_path):
+    """Each block is one graph."""
+    name, run = plain
+    more = ("--compile", "--compile_backend", "eager", "--compile_fullgraph")
+    compiled = Run(name, inputs, tmp_path, *more, steps="1")
+    assert compiled.losses[0] == pytest.approx(run.losses[0], rel=1e-5)
+
+
+def test_eight_bit_weights_are_nearly_the_weights(plain, inputs, tmp_path):
+    name, run = plain
+    more = ("--fp8_base", "--mixed_precision", "bf16")
+    if name in WITHOUT_EIGHT_BITS:
+        with pytest.raises(UserError, match="--fp8_base"):
+            Run(name, inputs, tmp_path, *more, steps="1")
+        return
+    narrow = Run(name, inputs, tmp_path, *more, steps="1")
+    assert narrow.losses[0] != run.losses[0]
+    assert narrow.losses[0] == pytest.approx(run.losses[0], rel=0.15)
 
 
 def test_cached_latents_change_nothing(plain, inputs, tmp_path):

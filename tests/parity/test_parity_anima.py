@@ -3,10 +3,10 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from support import diffusers_models
 from support.runs import GOLDEN
 
 from library import anima_utils
@@ -20,8 +20,6 @@ from library.modules.qwen_image_vae import load_qwen_image_vae, vae_config, vae_
 
 pytestmark = pytest.mark.parity
 
-NORMS = {"self_attn.q_norm": "attn1.norm_q", "self_attn.k_norm": "attn1.norm_k"}
-NORMS |= {"cross_attn.q_norm": "attn2.norm_q", "cross_attn.k_norm": "attn2.norm_k"}
 REAL = AnimaParams(
     16, 16, 2048, 8192, 16, 28, 1024, 256, (1.0, 4.0, 4.0), LLMAdapterParams(1024, 1024, 1024, 4096, 16, 6, 32128)
 )
@@ -51,24 +49,6 @@ def close(ours, theirs):
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def to_diffusers(state):
-    """Our (published) names to diffusers' names, by the rules for layers and the norms' renames."""
-    result = {}
-    for name, tensor in state.items():
-        path, leaf = name.rsplit(".", 1)
-        if path.startswith("llm_adapter."):
-            continue
-        if path == "t_embedding_norm":
-            new = "time_embed.norm"
-        elif path.endswith("_norm"):
-            _, number, norm = path.split(".", 2)
-            new = f"transformer_blocks.{number}.{NORMS[norm]}"
-        else:
-            _, (new,) = find_rule(anima_utils.DIFFUSERS_LAYERS, path)
-        result[f"{new}.{leaf}"] = tensor
-    return result
-
-
 @pytest.fixture(scope="module")
 def transformer(inputs):
     return anima_utils.load_transformer(anima_utils.open_transformer(inputs.model("anima")), Need())
@@ -76,35 +56,7 @@ def transformer(inputs):
 
 @pytest.fixture
 def theirs(transformer, monkeypatch):
-    """diffusers' transformer with our weights; its resizing of a mask of zeros needs a package that is not there."""
-    from diffusers.models.transformers import transformer_cosmos
-
-    def resize(mask, size, interpolation):
-        return torch.nn.functional.interpolate(mask, size, mode="nearest")
-
-    stand_in = SimpleNamespace(
-        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
-    )
-    monkeypatch.setattr(transformer_cosmos, "transforms", stand_in, raising=False)
-    p = transformer.params
-    model = transformer_cosmos.CosmosTransformer3DModel(
-        in_channels=p.in_channels,
-        out_channels=p.out_channels,
-        num_attention_heads=p.num_heads,
-        attention_head_dim=p.hidden_size // p.num_heads,
-        num_layers=p.depth,
-        mlp_ratio=p.mlp_size / p.hidden_size,
-        text_embed_dim=p.context_dim,
-        adaln_lora_dim=p.adaln_dim,
-        max_size=(128, 512, 512),
-        rope_scale=p.rope_scale,
-        extra_pos_embed_type=None,
-    )
-    model.load_state_dict(to_diffusers(transformer.state_dict()))
-    for block in model.transformer_blocks:  # diffusers leaves its default here
-        for attention in (block.attn1, block.attn2):
-            attention.norm_q.eps = attention.norm_k.eps = 1e-6
-    return model.eval().requires_grad_(False)
+    return diffusers_models.anima(transformer, monkeypatch)
 
 
 def random_inputs(params):
@@ -114,15 +66,9 @@ def random_inputs(params):
     return torch.randn(2, 16, 8, 12, generator=generator), torch.tensor([0.9, 0.31]), context
 
 
-def call(model, latents, times, context):
-    mask = torch.zeros(1, 1, *(8 * side for side in latents.shape[2:]))
-    arguments = {"timestep": times, "encoder_hidden_states": context, "padding_mask": mask, "return_dict": False}
-    return model(latents[:, :, None], **arguments)[0][:, :, 0]
-
-
 def test_transformer_equals_diffusers(transformer, theirs):
     given = random_inputs(transformer.params)
-    close(transformer.denoise(*given), call(theirs, *given))
+    close(transformer.denoise(*given), diffusers_models.call_anima(theirs, *given))
 
 
 def test_gradients_equal_diffusers(transformer, theirs):
@@ -131,7 +77,7 @@ def test_gradients_equal_diffusers(transformer, theirs):
     weight = transformer.blocks[0].cross_attn.k_proj.weight.requires_grad_()
     other = theirs.transformer_blocks[0].attn2.to_k.weight.requires_grad_()
     (transformer.denoise(*given) * target).sum().backward()
-    (call(theirs, *given) * target).sum().backward()
+    (diffusers_models.call_anima(theirs, *given) * target).sum().backward()
     close(weight.grad, other.grad)
     weight.grad = None
     weight.requires_grad_(False)
@@ -193,7 +139,7 @@ def test_every_layer_has_a_name_in_diffusers():
         model = Anima(REAL)
     layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     lost = [name for name in layers if find_rule(anima_utils.DIFFUSERS_LAYERS, name) is None]
-    assert all(name.startswith("llm_adapter.") for name in lost) and len(lost) == 61
+    assert not lost
 
 
 @pytest.fixture(scope="module")

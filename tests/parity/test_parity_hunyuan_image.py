@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.diffusers_layout import to_diffusers
+from support import diffusers_models
 from support.runs import GOLDEN
 
 from library import hunyuan_image_utils
@@ -29,7 +29,7 @@ PARAMS = HunyuanImageParams(
     refiner_depth=2,
     text_size=48,
     glyph_size=40,
-    glyph_hidden=(2048, 2048),
+    glyph_hidden=(56, 56),
     axes_dim=(16, 16),
 )
 
@@ -41,27 +41,13 @@ def close(ours, theirs):
 @pytest.fixture(scope="module")
 def transformers_pair():
     """Ours with random weights, and diffusers' with the same."""
-    from diffusers import HunyuanImageTransformer2DModel
-
     torch.manual_seed(0)
     ours = HunyuanImage(PARAMS).eval()
     with torch.no_grad():
         for name, tensor in ours.named_parameters():
             scale = 0.3 if tensor.ndim != 2 else tensor.shape[1] ** -0.5
             tensor.copy_(torch.randn(tensor.shape) * scale + (1.0 if name.endswith("norm.weight") else 0.0))
-    theirs = HunyuanImageTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=2,
-        num_single_layers=2,
-        text_embed_dim=48,
-        text_embed_2_dim=40,
-        rope_axes_dim=(16, 16),
-    )
-    theirs.load_state_dict(to_diffusers(ours.state_dict(), hunyuan_image_utils.DIFFUSERS_LAYERS))
-    return ours.requires_grad_(False), theirs.requires_grad_(False).eval()
+    return ours.requires_grad_(False), diffusers_models.hunyuan_image(ours)
 
 
 def given(quoting=True):
@@ -85,15 +71,7 @@ def test_transformer_equals_diffusers(transformers_pair, quoting):
     weight = ours.double_blocks[0].txt_mlp.fc1.weight.requires_grad_()
     other = theirs.transformer_blocks[0].ff_context.net[0].proj.weight.requires_grad_()
     mine = ours(**inputs)
-    reference = theirs(
-        hidden_states=inputs["latents"],
-        timestep=inputs["timesteps"],
-        encoder_hidden_states=inputs["text"],
-        encoder_attention_mask=inputs["text_mask"],
-        encoder_hidden_states_2=inputs["glyphs"],
-        encoder_attention_mask_2=inputs["glyph_mask"],
-        return_dict=False,
-    )[0]
+    reference = diffusers_models.call_hunyuan_image(theirs, inputs)
     close(mine, reference)
     target = torch.randn(mine.shape, generator=torch.Generator().manual_seed(2))
     (mine * target).sum().backward()

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.diffusers_layout import to_diffusers
+from support import diffusers_models
 from support.runs import GOLDEN
 
 from library import sd3_utils
 from library.base.safetensors_io import TensorFile, load_file
 from library.modules.clip import load_projected_clip_text
-from library.modules.components import Need, Variant
+from library.modules.components import Need
 from library.modules.vae import decode, encode_mode, load_vae
 from library.sd3_models import MMDiT, MMDiTParams, scaled_table
 
@@ -51,37 +51,11 @@ def random_model(params):
     return model.requires_grad_(False)
 
 
-def diffusers_model(ours):
-    from diffusers import SD3Transformer2DModel
-
-    p = ours.params
-    model = SD3Transformer2DModel(
-        sample_size=p.pos_embed_size * p.patch_size,
-        patch_size=p.patch_size,
-        in_channels=p.in_channels,
-        num_layers=p.depth,
-        attention_head_dim=p.hidden_size // p.num_heads,
-        num_attention_heads=p.num_heads,
-        joint_attention_dim=p.context_size,
-        caption_projection_dim=p.hidden_size,
-        pooled_projection_dim=p.pooled_size,
-        out_channels=p.out_channels,
-        pos_embed_max_size=p.pos_embed_size,
-        dual_attention_layers=p.dual_blocks,
-        qk_norm="rms_norm" if p.qk_norm else None,
-    )
-    state = dict(ours.state_dict())
-    positions = state.pop("pos_embed")
-    rules = sd3_utils.diffusers_layers(Variant(name="", base_model_version="", config={"params": p}))
-    model.load_state_dict({**to_diffusers(state, rules), "pos_embed.pos_embed": positions})
-    return model.requires_grad_(False).eval()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformer_equals_diffusers(kind):
     """Forward and one gradient; the second attention of 3.5 medium has heads of the head size."""
     ours = random_model(KINDS[kind])
-    theirs = diffusers_model(ours)
+    theirs = diffusers_models.sd3(ours)
     generator = torch.Generator().manual_seed(1)
     latents, context = torch.randn(2, 16, 12, 8, generator=generator), torch.randn(2, 7, 48, generator=generator)
     pooled, times = torch.randn(2, 32, generator=generator), torch.tensor([901.0, 17.5])

@@ -187,7 +187,7 @@ def test_flux_pipelines(name, more, exported):
 
 def test_comfy_names_and_factors(exported):
     """Dotted paths of ComfyUI's model tree; the same factors and alpha."""
-    folder, load = exported("flux")
+    folder, _ = exported("flux")
     default, comfy = load_file(folder / "last.safetensors"), load_file(folder / "last-comfy.safetensors")
     assert len(default) == len(comfy)
     ours, theirs = "lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"
