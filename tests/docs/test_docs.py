@@ -26,12 +26,20 @@ from library.train_util import (
     parse_options,
 )
 from tools import compare_steps, dataset_report
-from tools.dev import options_page
+from tools.dev import model_matrix, options_page
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md", "tests/golden/README.md")
 PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
-SCRIPTS = {"train_network.py": "sd", "flux_train_network.py": "flux", "lumina_train_network.py": "lumina"}
+SCRIPTS = {
+    "train_network.py": "sd",
+    "sdxl_train_network.py": "sdxl",
+    "sd3_train_network.py": "sd3",
+    "hunyuan_image_train_network.py": "hunyuan_image",
+    "flux_train_network.py": "flux",
+    "lumina_train_network.py": "lumina",
+    "anima_train_network.py": "anima",
+}
 pytestmark = pytest.mark.docs
 
 
@@ -88,7 +96,16 @@ def test_dataset_files_resolve(page, text, tmp_path):
     assert resolve_datasets(read_config(tmp_path / "dataset.toml"), {})
 
 
-CONFIGURATIONS = {"flux_lora": "flux", "sd15_lora": "sd", "lumina_lora": "lumina"}
+CONFIGURATIONS = {
+    "flux_lora": "flux",
+    "chroma_lora": "flux",
+    "sd15_lora": "sd",
+    "sdxl_lora": "sdxl",
+    "sd3_lora": "sd3",
+    "lumina_lora": "lumina",
+    "anima_lora": "anima",
+    "hunyuan_image_lora": "hunyuan_image",
+}
 DATASETS = {"dataset"}
 
 
@@ -175,6 +192,15 @@ def test_flags_in_the_documentation_exist():
     for page in PAGES:
         for flag in re.findall(r"`(--\w+)", page.read_text(encoding="utf-8")):
             assert flag in known, f"{page.name}: {flag}"
+
+
+def test_the_table_of_models_is_what_the_families_say():
+    text = model_matrix.PAGE.read_text(encoding="utf-8")
+    assert text == model_matrix.page(text), "run tools/dev/model_matrix.py"
+    trained = {name for name in FAMILIES if "network" in load_family(name).available_tasks}
+    assert trained == set(FAMILIES)
+    for script in re.findall(r"`(\w+\.py)`", model_matrix.table()):
+        assert (ROOT / script).is_file(), script
 
 
 def test_the_page_of_options_is_what_the_options_say():

@@ -25,7 +25,11 @@ SD = {"pretrained_model_name_or_path": "m.safetensors", "dataset_config": "d.tom
 FLUX = {**SD, "clip_l": "c", "t5xxl": "t", "ae": "a"}
 LUMINA = {**SD, "gemma2": "g", "ae": "a"}
 ANIMA = {**SD, "qwen3": "q", "vae": "v"}
-COMPLETE = {"sd": SD, "sdxl": SD, "flux": FLUX, "lumina": LUMINA, "anima": ANIMA}
+HUNYUAN_IMAGE = {**SD, "text_encoder": "q", "byt5": "b", "vae": "v"}
+COMPLETE = {
+    **{"sd": SD, "sdxl": SD, "sd3": SD, "flux": FLUX, "lumina": LUMINA, "anima": ANIMA},
+    "hunyuan_image": HUNYUAN_IMAGE,
+}
 # a changed value that fits each type; choices and special texts by name
 SAMPLES = {bool: True, int: 3, float: 0.7, str: "x"}
 SPECIAL = {"face_crop_aug_range": "1,2", "zero_stage": 1}
@@ -37,10 +41,8 @@ UNAVAILABLE = {
     ("flux_train", "flux", "full"),
     ("flux_train_control_net", "flux", "control_net"),
     ("hunyuan_image_train", "hunyuan_image", "full"),
-    ("hunyuan_image_train_network", "hunyuan_image", "network"),
     ("lumina_train", "lumina", "full"),
     ("sd3_train", "sd3", "full"),
-    ("sd3_train_network", "sd3", "network"),
     ("sdxl_train", "sdxl", "full"),
     ("sdxl_train_control_net", "sdxl", "control_net"),
     ("sdxl_train_control_net_lllite", "sdxl", "lllite"),

@@ -6,9 +6,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from support.runs import run_training  # noqa: E402
-
 from library.base.logs import setup_logging  # noqa: E402
+from support.runs import run_training  # noqa: E402
 
 if __name__ == "__main__":
     setup_logging()
