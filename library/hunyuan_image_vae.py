@@ -114,25 +114,3 @@ def _banded(rows: int) -> Any:
         return torch.cat(bands, dim=-2)
 
     return forward
-
-
-def encode_mode(vae: nn.Module, images: Tensor) -> Tensor:
-    """Mode of the posterior: images [B, 3, h, w] in [-1, 1] -> [B, C, H, W] float32, unscaled."""
-    return _posterior(vae, images).mode().float()
-
-
-def encode_sample(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-    """A posterior sample with the given unit noise [B, C, H, W]; shapes as `encode_mode`."""
-    posterior = _posterior(vae, images)
-    return posterior.mean.float() + posterior.std.float() * noise.to(posterior.mean.device)
-
-
-def _posterior(vae: nn.Module, images: Tensor) -> Any:
-    reference = next(vae.parameters())
-    return vae.encode(images.to(reference.device, reference.dtype)).latent_dist
-
-
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Unscaled latents [B, C, H, W] -> images [B, 3, h, w] in [-1, 1] float32."""
-    reference = next(vae.parameters())
-    return vae.decode(latents.to(reference.device, reference.dtype)).sample.float().clamp(-1, 1)

@@ -73,7 +73,10 @@ def training_options(family: Family, options: OptionSet) -> OptionSet:
     spec = _spec(family)
     values = {theirs: options.value(ours) for ours, theirs in spec.training.items()}
     cache = options[InferenceModelOptions].tokenizer_cache_dir
-    training = family.command_line("network").from_values({**values, "tokenizer_cache_dir": cache})
+    try:
+        training = family.command_line("network").from_values({**values, "tokenizer_cache_dir": cache})
+    except UserError as error:
+        raise type(error)(problems=[_named_as_here(spec, problem) for problem in error.problems]) from error
     problems = [*options.problems(), *family.missing(training, "network")]
     raise_problems(_named_as_here(spec, problem) for problem in problems)
     return training
@@ -81,7 +84,7 @@ def training_options(family: Family, options: OptionSet) -> OptionSet:
 
 def _named_as_here(spec: InferenceSpec, problem: Problem) -> Problem:
     """A problem under this script's flag, where training or other scripts call it by another name."""
-    ours = {f"--{theirs}": f"--{ours}" for ours, theirs in spec.training.items()}
+    ours = {name: f"--{ours}" for ours, theirs in spec.training.items() for name in (theirs, f"--{theirs}")}
     ours |= {f"--{shared}": f"--{own}" for shared, own in spec.names.items()}
     return Problem(ours.get(problem.where, problem.where), problem.message, problem.value)
 

@@ -143,8 +143,13 @@ FAMILY = Family(
     inference=InferenceSpec(
         option_groups=(Sd3InferenceOptions,),
         defaults={
-            **{"width": 1024, "height": 1024, "steps": 50, "cfg_scale": 5.0, "seed": 1},
-            **{"negative_prompt": "", "dtype": "float32"},
+            "width": 1024,
+            "height": 1024,
+            "steps": 50,
+            "cfg_scale": 5.0,
+            "seed": 1,
+            "negative_prompt": "",
+            "dtype": "float32",
         },
         training={
             "ckpt_path": "pretrained_model_name_or_path",

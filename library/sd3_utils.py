@@ -220,7 +220,6 @@ def model_spec(variant: Variant) -> dict[str, str]:
     """Family entries of the modelspec metadata."""
     return {
         "architecture": f"stable-diffusion-3-{variant.name}",
-        "implementation": "https://github.com/Stability-AI/sd3-ref",
         "implementation": "diffusers",
         "resolution": "1024x1024",
         "prediction_type": "epsilon",  # what files of this family say, though the model predicts the velocity

@@ -11,21 +11,19 @@ from torch import Tensor, nn
 from library.base.errors import UserError
 from library.base.logs import logger
 from library.batch import Conditioning, StepInputs
-from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow, shifted
+from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow
 from library.diffusion.from_options import flow_process
 from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, no_tick, run_euler_flow
 from library.strategy_base import (
-    DenoisingStrategy,
+    FlowDenoisingStrategy,
     LatentsCachingStrategy,
     Strategies,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
-    guided,
 )
 
 QWEN3_TOKENIZER = "Qwen/Qwen3-0.6B"
@@ -134,7 +132,7 @@ class AnimaTextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
         return {**super().pack(conditioning), "caption_dropout_rate": torch.tensor(self.dropout, dtype=torch.float32)}
 
 
-class AnimaDenoisingStrategy(DenoisingStrategy):
+class AnimaDenoisingStrategy(FlowDenoisingStrategy):
     """Velocity prediction.
 
     Args:
@@ -184,31 +182,12 @@ class AnimaDenoisingStrategy(DenoisingStrategy):
         """The velocity."""
         return self.velocity(denoiser, inputs.noisy, inputs.timesteps / NUM_TIMESTEPS, conditioning)
 
-    def sample_latents(
-        self,
-        denoiser: nn.Module,
-        request: SampleRequest,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        noise: Tensor,
-        generator: torch.Generator,
-        tick: Tick = no_tick,
+    def sample_velocity(
+        self, denoiser: nn.Module, latents: Tensor, sigmas: Tensor, conditioning: Conditioning, request: SampleRequest
     ) -> Tensor:
-        """Euler steps in float32 on evenly spaced noise levels, shifted by the request's `flow_shift`."""
-        del generator
-
-        def predict(latents: Tensor, sigmas: Tensor) -> Tensor:
-            wanted = self.velocity(denoiser, latents, sigmas, positive)
-            unwanted = None if negative is None else self.velocity(denoiser, latents, sigmas, negative)
-            return guided(wanted, unwanted, request.scale)
-
-        assert request.flow_shift is not None
-        return run_euler_flow(predict, noise, sampling_sigmas(request.steps, request.flow_shift), tick)
-
-
-def sampling_sigmas(steps: int, shift: float) -> Tensor:
-    """Noise levels from 1 to 0 [steps + 1] float32."""
-    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
+        """See the base class."""
+        del request
+        return self.velocity(denoiser, latents, sigmas, conditioning)
 
 
 def _tokenizers(options: OptionSet) -> tuple[Any, Any]:

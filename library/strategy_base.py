@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from library.batch import Conditioning, StepInputs, TrainBatch
+from library.diffusion.flow import shifted
 from library.diffusion.process import NoiseProcess
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, no_tick
+from library.sampling.samplers import Tick, no_tick, run_euler_flow
+
+Guidance = Callable[[Tensor, Tensor], Tensor]
+"""(velocity of the prompt, velocity of the negative prompt) -> velocity that is followed, all [B, C, H, W]."""
 
 
 class TokenizeStrategy(ABC):
@@ -167,6 +171,56 @@ class DenoisingStrategy(ABC):
         tick: Tick = no_tick,
     ) -> Tensor:
         """Denoise unit noise [1, C, H, W]; `negative` is None without guidance, `tick` is told of steps."""
+
+
+class FlowDenoisingStrategy(DenoisingStrategy):
+    """A family whose model gives the velocity of a straight flow: its images are made with Euler steps."""
+
+    @abstractmethod
+    def sample_velocity(
+        self, denoiser: nn.Module, latents: Tensor, sigmas: Tensor, conditioning: Conditioning, request: SampleRequest
+    ) -> Tensor:
+        """Noise - image, for noisy latents [B, C, H, W] at sigmas [B], as [B, C, H, W]."""
+
+    def sample_levels(self, request: SampleRequest, noise: Tensor) -> Tensor:
+        """Noise levels from 1 to 0 [steps + 1] float32, by default evenly spaced and shifted."""
+        del noise
+        shift = self.sample_defaults.flow_shift if request.flow_shift is None else request.flow_shift
+        levels = torch.linspace(1, 0, request.steps + 1, dtype=torch.float64)
+        return shifted(levels, 1.0 if shift is None else shift).float()
+
+    def is_guided(self, request: SampleRequest, sigma: float) -> bool:
+        """Whether the negative prompt is looked at from this noise level on."""
+        del request, sigma
+        return True
+
+    def guide(self, request: SampleRequest, positive: Conditioning) -> Guidance:
+        """Joins the velocities of both prompts; called once for an image, so it may remember steps."""
+        del positive
+        return lambda wanted, unwanted: guided(wanted, unwanted, request.scale)
+
+    def sample_latents(
+        self,
+        denoiser: nn.Module,
+        request: SampleRequest,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        noise: Tensor,
+        generator: torch.Generator,
+        tick: Tick = no_tick,
+    ) -> Tensor:
+        """See the base class; the sum is kept in float32."""
+        del generator
+        levels, join = self.sample_levels(request, noise), self.guide(request, positive)
+        guides = iter([self.is_guided(request, level) for level in levels.tolist()])
+
+        def predict(latents: Tensor, sigmas: Tensor) -> Tensor:
+            wanted = self.sample_velocity(denoiser, latents, sigmas, positive, request)
+            if not next(guides) or negative is None:
+                return wanted
+            return join(wanted, self.sample_velocity(denoiser, latents, sigmas, negative, request))
+
+        return run_euler_flow(predict, noise, levels, tick)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,12 @@ from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, no_tick, run_euler_flow
 from library.strategy_base import (
-    DenoisingStrategy,
-    LatentsCachingStrategy,
+    FlowDenoisingStrategy,
     Strategies,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
-    guided,
 )
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -102,18 +99,6 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-class FluxLatentsCachingStrategy(LatentsCachingStrategy):
-    """Latents normalised by the autoencoder's published shift and scale: (z - 0.1159) * 0.3611."""
-
-    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """See the base class."""
-        return (autoencoder.encode_mode(vae, images) - SHIFT) * SCALE
-
-    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-        """See the base class."""
-        return (autoencoder.encode_sample(vae, images, noise) - SHIFT) * SCALE
-
-
 class FluxTextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """Besides the fields: position ids of the text, which are all zero."""
 
@@ -123,7 +108,7 @@ class FluxTextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
         return {**arrays, "txt_ids": torch.zeros(arrays["t5_out"].shape[0], 3)}
 
 
-class FluxDenoisingStrategy(DenoisingStrategy):
+class FluxDenoisingStrategy(FlowDenoisingStrategy):
     """Velocity prediction on packed latents.
 
     Args:
@@ -206,27 +191,17 @@ class FluxDenoisingStrategy(DenoisingStrategy):
             return inputs.noisy - per_sample(inputs.sigmas, output) * output
         return output
 
-    def sample_latents(
-        self,
-        denoiser: nn.Module,
-        request: SampleRequest,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        noise: Tensor,
-        generator: torch.Generator,
-        tick: Tick = no_tick,
+    def sample_velocity(
+        self, denoiser: nn.Module, latents: Tensor, sigmas: Tensor, conditioning: Conditioning, request: SampleRequest
     ) -> Tensor:
-        """Euler steps on the schedule shifted for the image's size, or by the request's `flow_shift`."""
-        del generator
+        """See the base class."""
         guidance = self.guidance if request.guidance is None else request.guidance
+        return self.velocity(denoiser, latents, sigmas, conditioning, guidance)
 
-        def predict(latents: Tensor, sigmas: Tensor) -> Tensor:
-            wanted = self.velocity(denoiser, latents, sigmas, positive, guidance)
-            unwanted = None if negative is None else self.velocity(denoiser, latents, sigmas, negative, guidance)
-            return guided(wanted, unwanted, request.scale)
-
+    def sample_levels(self, request: SampleRequest, noise: Tensor) -> Tensor:
+        """Shifted for the image's size, or by the request's `flow_shift`."""
         tokens = (noise.shape[2] // 2) * (noise.shape[3] // 2)
-        return run_euler_flow(predict, noise, sampling_sigmas(request.steps, tokens, request.flow_shift), tick)
+        return sampling_sigmas(request.steps, tokens, request.flow_shift)
 
 
 def sampling_sigmas(steps: int, num_tokens: int, shift: float | None = None) -> Tensor:
@@ -251,7 +226,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     return Strategies(
         tokenize=FluxTokenizeStrategy(clip, t5, length),
         text_encoding=FluxTextEncodingStrategy(apply_t5_attn_mask=masked),
-        latents_caching=FluxLatentsCachingStrategy(),
+        latents_caching=autoencoder.AutoencoderLatents(SHIFT, SCALE),
         text_outputs_caching=FluxTextOutputsCachingStrategy(
             FluxConditioning, (length, masked), {"apply_t5_attn_mask": masked}
         ),

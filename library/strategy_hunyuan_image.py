@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from library import hunyuan_image_vae as autoencoder
 from library.batch import Conditioning, StepInputs
-from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow, shifted
+from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow
 from library.diffusion.from_options import flow_process
 from library.diffusion.process import per_sample
+from library.hunyuan_image_vae import SCALE
+from library.modules import vae as autoencoder
 from library.modules.components import Variant
 from library.modules.tokenizers import LocalTokenizer, check_vocabulary, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, no_tick, run_euler_flow
 from library.strategy_base import (
-    DenoisingStrategy,
-    LatentsCachingStrategy,
+    FlowDenoisingStrategy,
+    Guidance,
     Strategies,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
@@ -163,18 +164,6 @@ class HunyuanImageTextEncodingStrategy(TextEncodingStrategy):
         return list(encoder.layers if hasattr(encoder, "layers") else encoder.encoder.block)
 
 
-class HunyuanImageLatentsCachingStrategy(LatentsCachingStrategy):
-    """Unscaled latents."""
-
-    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_mode(vae, images)
-
-    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_sample(vae, images, noise)
-
-
 class ProjectedGuidance:
     """Adaptive projected guidance: Sadat et al., "Eliminating Oversaturation" (2024).
 
@@ -201,7 +190,7 @@ class ProjectedGuidance:
         return unwanted + self.scale * (difference - along.to(difference))
 
 
-class HunyuanImageDenoisingStrategy(DenoisingStrategy):
+class HunyuanImageDenoisingStrategy(FlowDenoisingStrategy):
     """Velocity prediction at whole noise levels.
 
     Args:
@@ -230,11 +219,11 @@ class HunyuanImageDenoisingStrategy(DenoisingStrategy):
 
     def scale_latents(self, latents: Tensor) -> Tensor:
         """z * 0.75289."""
-        return latents * autoencoder.SCALE
+        return latents * SCALE
 
     def decode(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """See the base class."""
-        return autoencoder.decode(vae, latents / autoencoder.SCALE)
+        return autoencoder.decode(vae, latents / SCALE)
 
     def velocity(self, denoiser: nn.Module, noisy: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's output for noisy latents [B, C, H, W] at sigmas [B], as [B, C, H, W]."""
@@ -258,40 +247,29 @@ class HunyuanImageDenoisingStrategy(DenoisingStrategy):
             return inputs.noisy - per_sample(sigmas, output) * output
         return output
 
-    def sample_latents(
-        self,
-        denoiser: nn.Module,
-        request: SampleRequest,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        noise: Tensor,
-        generator: torch.Generator,
-        tick: Tick = no_tick,
+    def sample_velocity(
+        self, denoiser: nn.Module, latents: Tensor, sigmas: Tensor, conditioning: Conditioning, request: SampleRequest
     ) -> Tensor:
-        """Euler steps; classifier-free guidance at first, then adaptive projected guidance.
+        """See the base class."""
+        del request
+        return self.velocity(denoiser, latents, sigmas, conditioning)
+
+    def guide(self, request: SampleRequest, positive: Conditioning) -> Guidance:
+        """Classifier-free guidance at first, then adaptive projected guidance.
 
         Where the change happens is published for fifty steps; with others it is at the same share of them.
         """
-        del generator
         quotes = bool(positive.ocr_mask.any())
         plain = self.plain_steps[0 if quotes else 1] * request.steps / _PUBLISHED_STEPS
-        projected, done = ProjectedGuidance(), 0
+        projected, steps = ProjectedGuidance(), count()
 
-        def predict(latents: Tensor, sigmas: Tensor) -> Tensor:
-            nonlocal done
-            wanted = self.velocity(denoiser, latents, sigmas, positive)
-            if negative is None:
-                return wanted
-            unwanted = self.velocity(denoiser, latents, sigmas, negative)
+        def join(wanted: Tensor, unwanted: Tensor) -> Tensor:
             later = projected.step(wanted, unwanted)
-            done += 1
-            if done - 1 <= plain:
+            if next(steps) <= plain:
                 return _rescaled(guided(wanted, unwanted, request.scale), wanted, self.rescale)
             return _rescaled(later, wanted, self.projected_rescale)
 
-        shift = self.sample_defaults.flow_shift if request.flow_shift is None else request.flow_shift
-        levels = shifted(torch.linspace(1, 0, request.steps + 1, dtype=torch.float64), shift)
-        return run_euler_flow(predict, noise, levels.float(), tick)
+        return join
 
 
 def _rescaled(guided_prediction: Tensor, wanted: Tensor, share: float) -> Tensor:
@@ -320,7 +298,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     return Strategies(
         tokenize=HunyuanImageTokenizeStrategy(vlm, ByteTokenizer()),
         text_encoding=HunyuanImageTextEncodingStrategy(),
-        latents_caching=HunyuanImageLatentsCachingStrategy(),
+        latents_caching=autoencoder.AutoencoderLatents(),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(HunyuanImageConditioning, (), {}),
         denoising=HunyuanImageDenoisingStrategy(
             flow_process(options, weighted=prediction == "sigma_scaled"), prediction_type=prediction

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from library.base.logs import logger
 from library.batch import Conditioning, StepInputs
-from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow, shifted
+from library.diffusion.flow import NUM_TIMESTEPS, RectifiedFlow
 from library.diffusion.from_options import flow_process
 from library.diffusion.process import per_sample
 from library.modules import vae as autoencoder
@@ -20,10 +20,9 @@ from library.modules.loading import open_model_file
 from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, no_tick, run_euler_flow
 from library.strategy_base import (
-    DenoisingStrategy,
-    LatentsCachingStrategy,
+    FlowDenoisingStrategy,
+    Guidance,
     Strategies,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
@@ -107,19 +106,7 @@ class LuminaTextEncodingStrategy(TextEncodingStrategy):
         return list(encoder.layers)
 
 
-class LuminaLatentsCachingStrategy(LatentsCachingStrategy):
-    """Latents normalised by the autoencoder's published shift and scale: (z - 0.1159) * 0.3611."""
-
-    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """See the base class."""
-        return (autoencoder.encode_mode(vae, images) - SHIFT) * SCALE
-
-    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-        """See the base class."""
-        return (autoencoder.encode_sample(vae, images, noise) - SHIFT) * SCALE
-
-
-class LuminaDenoisingStrategy(DenoisingStrategy):
+class LuminaDenoisingStrategy(FlowDenoisingStrategy):
     """Velocity prediction; the model itself tells the direction from noise to image, at a time that is 1 - sigma.
 
     Args:
@@ -169,32 +156,21 @@ class LuminaDenoisingStrategy(DenoisingStrategy):
             output = inputs.noisy + per_sample(inputs.sigmas, output) * output
         return -output
 
-    def sample_latents(
-        self,
-        denoiser: nn.Module,
-        request: SampleRequest,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        noise: Tensor,
-        generator: torch.Generator,
-        tick: Tick = no_tick,
+    def sample_velocity(
+        self, denoiser: nn.Module, latents: Tensor, sigmas: Tensor, conditioning: Conditioning, request: SampleRequest
     ) -> Tensor:
-        """Euler steps on shifted levels; guided while the model's time is below `cfg_trunc_ratio`."""
-        del generator
-        wanted, unwanted = valid_text(positive), None if negative is None else valid_text(negative)
-        until = 1.0 if request.cfg_trunc_ratio is None else request.cfg_trunc_ratio
-        levels = torch.linspace(1, 0, request.steps + 1, dtype=torch.float64)
-        sigmas = shifted(levels, _FLOW_SHIFT if request.flow_shift is None else request.flow_shift).float()
-        guide = iter((1 - sigmas < until).tolist())
+        """See the base class."""
+        del request
+        return -direction(denoiser, latents, sigmas, *valid_text(conditioning))
 
-        def predict(latents: Tensor, now: Tensor) -> Tensor:
-            output = direction(denoiser, latents, now, *wanted)
-            if not next(guide) or unwanted is None:
-                return -output
-            other = direction(denoiser, latents, now, *unwanted)
-            return -renormed(guided(output, other, request.scale), output, request.renorm_cfg)
+    def is_guided(self, request: SampleRequest, sigma: float) -> bool:
+        """While the model's time is below `cfg_trunc_ratio`."""
+        return 1 - sigma < (1.0 if request.cfg_trunc_ratio is None else request.cfg_trunc_ratio)
 
-        return run_euler_flow(predict, noise, sigmas, tick)
+    def guide(self, request: SampleRequest, positive: Conditioning) -> Guidance:
+        """Classifier-free guidance that may let the norm grow by `renorm_cfg`."""
+        del positive
+        return lambda wanted, unwanted: renormed(guided(wanted, unwanted, request.scale), wanted, request.renorm_cfg)
 
 
 def valid_text(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
@@ -251,7 +227,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
             _tokenizer(options), length, prompt, negative_too=options.value("add_system_prompt_to_negative_prompt")
         ),
         text_encoding=LuminaTextEncodingStrategy(),
-        latents_caching=LuminaLatentsCachingStrategy(),
+        latents_caching=autoencoder.AutoencoderLatents(SHIFT, SCALE),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(LuminaConditioning, (length, prompt), {}),
         denoising=LuminaDenoisingStrategy(
             flow_process(options, weighted=prediction_type == "sigma_scaled"), prediction_type=prediction_type

@@ -11,6 +11,7 @@ from library.batch import Conditioning
 from library.diffusion.from_options import ddpm_process
 from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, find_tokenizer, load_tokenizer
+from library.modules.vae import AutoencoderLatents
 from library.options.schema import OptionSet
 from library.strategy_base import (
     Strategies,
@@ -22,7 +23,6 @@ from library.strategy_unet import (
     ClipPrompts,
     ImageSizes,
     UnetDenoisingStrategy,
-    UnetLatentsCachingStrategy,
     weighted_states,
 )
 
@@ -113,7 +113,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     return Strategies(
         tokenize=SdTokenizeStrategy(tokenizer, options.value("max_token_length"), weighted=weighted),
         text_encoding=SdTextEncodingStrategy(options.value("clip_skip")),
-        latents_caching=UnetLatentsCachingStrategy(),
+        latents_caching=AutoencoderLatents(),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(
             SdConditioning,
             (options.value("max_token_length"), options.value("clip_skip"), variant.name, weighted),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from library.batch import Conditioning, StepInputs
-from library.diffusion.flow import NUM_TIMESTEPS, DataFlow, shifted
+from library.diffusion.flow import NUM_TIMESTEPS, DataFlow
 from library.diffusion.from_options import data_flow_process
 from library.diffusion.process import per_sample
 from library.modules import vae as autoencoder
@@ -18,16 +18,13 @@ from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, load_tokenizer
 from library.options.schema import OptionSet
 from library.sampling.prompts import SampleDefaults, SampleRequest
-from library.sampling.samplers import Tick, no_tick, run_euler_flow
 from library.sd3_models import MMDiT, scaled_table
 from library.strategy_base import (
-    DenoisingStrategy,
-    LatentsCachingStrategy,
+    FlowDenoisingStrategy,
     Strategies,
     TextEncoderOutputsCachingStrategy,
     TextEncodingStrategy,
     TokenizeStrategy,
-    guided,
 )
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -142,18 +139,6 @@ class Sd3TextEncodingStrategy(TextEncodingStrategy):
         return list(stack.block if hasattr(stack, "block") else stack.layers)
 
 
-class Sd3LatentsCachingStrategy(LatentsCachingStrategy):
-    """Unscaled latents of the sixteen-channel autoencoder."""
-
-    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_mode(vae, images)
-
-    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_sample(vae, images, noise)
-
-
 class Sd3TextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
     """CLIP's states of both encoders side by side, as other programs keep them.
 
@@ -187,7 +172,7 @@ class Sd3TextOutputsCachingStrategy(TextEncoderOutputsCachingStrategy):
         return super().unpack(split)
 
 
-class Sd3DenoisingStrategy(DenoisingStrategy):
+class Sd3DenoisingStrategy(FlowDenoisingStrategy):
     """Prediction of the data by way of the velocity.
 
     Args:
@@ -292,28 +277,12 @@ class Sd3DenoisingStrategy(DenoisingStrategy):
         velocity = self.velocity(denoiser, inputs.noisy, inputs.timesteps, conditioning, inputs.draws)
         return inputs.noisy - per_sample(inputs.timesteps / NUM_TIMESTEPS, velocity) * velocity
 
-    def sample_latents(
-        self,
-        denoiser: nn.Module,
-        request: SampleRequest,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        noise: Tensor,
-        generator: torch.Generator,
-        tick: Tick = no_tick,
+    def sample_velocity(
+        self, denoiser: nn.Module, latents: Tensor, sigmas: Tensor, conditioning: Conditioning, request: SampleRequest
     ) -> Tensor:
-        """Euler steps on the shifted schedule."""
-        del generator
-
-        def predict(latents: Tensor, sigmas: Tensor) -> Tensor:
-            times = sigmas * NUM_TIMESTEPS
-            wanted = self.velocity(denoiser, latents, times, positive, {})
-            unwanted = None if negative is None else self.velocity(denoiser, latents, times, negative, {})
-            return guided(wanted, unwanted, request.scale)
-
-        levels = torch.linspace(1, 0, request.steps + 1, dtype=torch.float64)
-        shift = self.sample_defaults.flow_shift if request.flow_shift is None else request.flow_shift
-        return run_euler_flow(predict, noise, shifted(levels, shift).float(), tick)
+        """See the base class."""
+        del request
+        return self.velocity(denoiser, latents, sigmas * NUM_TIMESTEPS, conditioning, {})
 
 
 def joined(conditioning: Conditioning, draws: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -360,7 +329,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
         text_encoding=Sd3TextEncodingStrategy(
             **masks, without_t5=None if has_t5 else variant.config["params"].context_size
         ),
-        latents_caching=Sd3LatentsCachingStrategy(),
+        latents_caching=autoencoder.AutoencoderLatents(),
         text_outputs_caching=Sd3TextOutputsCachingStrategy(
             variant.config["clip_l_sizes"], (length, *masks.values()), masks
         ),

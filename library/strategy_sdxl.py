@@ -12,6 +12,7 @@ from library.batch import Conditioning
 from library.diffusion.from_options import ddpm_process
 from library.modules.components import Variant
 from library.modules.tokenizers import check_vocabulary, load_tokenizer
+from library.modules.vae import AutoencoderLatents
 from library.options.schema import OptionSet
 from library.strategy_base import (
     Strategies,
@@ -23,7 +24,6 @@ from library.strategy_unet import (
     ClipPrompts,
     ImageSizes,
     UnetDenoisingStrategy,
-    UnetLatentsCachingStrategy,
     weighted_states,
 )
 
@@ -66,6 +66,10 @@ class SdxlTokenizeStrategy(TokenizeStrategy):
     def tokenize_prompt(self, text: str) -> list[Tensor]:
         """See `ClipPrompts.prompt`."""
         return self._joined([prompts.prompt(text) for prompts in self.prompts])
+
+    def tokenize_beside(self, text: str, others: Sequence[str]) -> list[Tensor]:
+        """See the base class: the states of both encoders lie side by side."""
+        return self._joined([prompts.prompt(text, others) for prompts in self.prompts])
 
     def _joined(self, tokens: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Ids of both, then weights of both."""
@@ -144,7 +148,7 @@ def build_strategies(options: OptionSet, variant: Variant) -> Strategies:
     return Strategies(
         tokenize=SdxlTokenizeStrategy(tokenizers, length, weighted=weighted),
         text_encoding=SdxlTextEncodingStrategy(tokenizers[1]),
-        latents_caching=UnetLatentsCachingStrategy(),
+        latents_caching=AutoencoderLatents(),
         text_outputs_caching=TextEncoderOutputsCachingStrategy(SdxlConditioning, (length, weighted), {}),
         denoising=SdxlDenoisingStrategy(
             ddpm_process(options),

@@ -16,7 +16,7 @@ from library.diffusion.inpainting import draw_mask
 from library.modules import vae as autoencoder
 from library.sampling.prompts import SampleDefaults, SampleRequest
 from library.sampling.samplers import Tick, make_scheduler, no_tick, run_scheduler, sampler_names
-from library.strategy_base import DenoisingStrategy, LatentsCachingStrategy, guided
+from library.strategy_base import DenoisingStrategy, guided
 
 _WINDOW = 77  # tokens CLIP reads at once: BOS, 75 of text, EOS
 _BODY = 75
@@ -46,11 +46,14 @@ class ClipPrompts:
         )
         return [self._windows(encoded.input_ids)]
 
-    def prompt(self, text: str) -> list[Tensor]:
-        """As weighted captions, in as many windows as the text needs, at most three."""
-        parts = [self._body(part) for part, _ in weighted_parts(text)]
-        windows = min(_MOST_WINDOWS, max(1, -(-sum(map(len, parts)) // _BODY)))
+    def prompt(self, text: str, others: Sequence[str] = ()) -> list[Tensor]:
+        """As weighted captions, in as many windows as the longest of the texts needs, at most three."""
+        windows = max(self._num_windows(one) for one in (text, *others))
         return self._weighted([text], windows * _BODY + 2)
+
+    def _num_windows(self, text: str) -> int:
+        tokens = sum(len(self._body(part)) for part, _ in weighted_parts(text))
+        return min(_MOST_WINDOWS, max(1, -(-tokens // _BODY)))
 
     def _body(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -123,18 +126,6 @@ class ImageSizes:
         """Of one uncut image of this size."""
         size = torch.tensor([[height, width]])
         return cls(size, torch.zeros_like(size), size)
-
-
-class UnetLatentsCachingStrategy(LatentsCachingStrategy):
-    """Unscaled latents of the four-channel autoencoder."""
-
-    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_mode(vae, images)
-
-    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
-        """See the base class."""
-        return autoencoder.encode_sample(vae, images, noise)
 
 
 class UnetDenoisingStrategy(DenoisingStrategy):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from library.base.errors import CheckpointError
 from library.base.safetensors_io import KnownShapes, TensorFile
 from library.modules.loading import Reader, highest_index, load_module, merge_config, open_model_file, readers
+from library.strategy_base import LatentsCachingStrategy
 
 PREFIX = "first_stage_model."  # in whole checkpoints
 _MARK = "encoder.conv_in.weight"
@@ -133,6 +134,22 @@ def encode_sample(vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
     reference = next(vae.parameters())
     posterior = vae.encode(images.to(reference.device, reference.dtype)).latent_dist
     return posterior.mean.float() + posterior.std.float() * noise.to(reference.device)
+
+
+class AutoencoderLatents(LatentsCachingStrategy):
+    """Latents of an autoencoder of diffusers as (z - shift) * scale."""
+
+    def __init__(self, shift: float = 0.0, scale: float = 1.0) -> None:
+        self.shift = shift
+        self.scale = scale
+
+    def encode(self, vae: nn.Module, images: Tensor) -> Tensor:
+        """See the base class."""
+        return (encode_mode(vae, images) - self.shift) * self.scale
+
+    def encode_sample(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+        """See the base class."""
+        return (encode_sample(vae, images, noise) - self.shift) * self.scale
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from library.base.errors import Problem
 from library.options.ranges import above, at_least, exclusive, share
 from library.options.schema import option
 
-
 DIALECTS = ("comfy", "diffusers")
 
 

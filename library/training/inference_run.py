@@ -144,6 +144,9 @@ def run_inference(family: Family, options: OptionSet, training: OptionSet) -> li
     values = _prompt_values(family.inference, options, variant.name)
     given = {key: value for key, value in values.items() if key not in _untouched(family.inference, options)}
     request = make_request(0, values, defaults)
+    message = defaults.sampler_problem(request.sampler) if request.sampler is not None else None
+    if message is not None:
+        raise UserError("--sample_sampler", request.sampler, message)
     source = _own(options, "from_file")
     several = wanted.interactive or source is not None
     if not several:

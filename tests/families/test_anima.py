@@ -17,7 +17,7 @@ from library.diffusion.losses import SampleLoss
 from library.modules.components import Need
 from library.modules.qwen3 import load_qwen3, open_qwen3
 from library.sampling.prompts import make_request
-from library.strategy_anima import AnimaConditioning, AnimaDenoisingStrategy, build_strategies, sampling_sigmas
+from library.strategy_anima import AnimaConditioning, AnimaDenoisingStrategy, build_strategies
 from library.train_util import find_problems, make_options
 from networks import lora_anima
 
@@ -219,7 +219,9 @@ def test_samples_are_made_in_float32_steps(inputs):
 
 
 def test_noise_levels_of_samples():
-    assert sampling_sigmas(2, 3.0).tolist() == pytest.approx([1.0, 0.75, 0.0])
+    strategy = AnimaDenoisingStrategy(process=None)
+    request = make_request(0, {"prompt": "", "sample_steps": 2}, strategy.sample_defaults)
+    assert strategy.sample_levels(request, torch.zeros(1)).tolist() == pytest.approx([1.0, 0.75, 0.0])
 
 
 # --- captions and caches ----------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from support.runs import GOLDEN
 from library import hunyuan_image_utils
 from library.base.safetensors_io import TensorFile, load_file
 from library.hunyuan_image_models import HunyuanImage, HunyuanImageParams
-from library.hunyuan_image_vae import decode, encode_mode, load_vae, vae_config, vae_names
+from library.hunyuan_image_vae import load_vae, vae_config, vae_names
 from library.modules.components import Need
 from library.modules.qwen25_vl import load_qwen25_vl_text, qwen25_vl_config, qwen25_vl_names
 from library.modules.t5 import load_t5_encoder
+from library.modules.vae import decode, encode_mode
 
 pytestmark = pytest.mark.parity
 PARAMS = HunyuanImageParams(
