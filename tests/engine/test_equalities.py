@@ -44,19 +44,6 @@ def test_another_seed_another_result(plain, inputs, tmp_path):
     assert expected[0].losses != other[0].losses
 
 
-def test_gradient_checkpointing(plain, inputs, tmp_path):
-    family, expected = plain
-    more = ("--network_dropout", "0.1", "--gradient_checkpointing")
-    assert_same(expected, result(family, inputs, tmp_path, *more, subset=FLIPPED))
-
-
-def test_latents_in_memory(plain, inputs, tmp_path):
-    family, expected = plain
-    assert_same(
-        expected, result(family, inputs, tmp_path, "--network_dropout", "0.1", "--cache_latents", subset=FLIPPED)
-    )
-
-
 def test_four_workers(plain, inputs, tmp_path):
     family, expected = plain
     more = ("--network_dropout", "0.1", "--max_data_loader_n_workers", "4")
@@ -102,14 +89,6 @@ def test_batch_or_accumulation(family, inputs, tmp_path):
     assert error <= 1e-3 * sum(float(a[name].square().sum()) for name in a if "lora_up" in name) ** 0.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_recording_and_replaying_is_the_same_run(family, inputs, tmp_path):
-    record = tmp_path / "record"
-    first = result(family, inputs, tmp_path / "a", "--record_steps", str(record), "--gradient_accumulation_steps", "2")
-    again = result(family, inputs, tmp_path / "b", "--replay_steps", str(record), "--gradient_accumulation_steps", "2")
-    assert_same(first, again)
-
-
 def test_replay_takes_captions_from_the_record(inputs, tmp_path):
     """Shuffled when they were recorded; the replay caches the texts of the record, not of the files."""
     record = tmp_path / "record"
@@ -119,13 +98,6 @@ def test_replay_takes_captions_from_the_record(inputs, tmp_path):
     more = (*unet, "--replay_steps", str(record), "--cache_text_encoder_outputs")
     again = result("flux", inputs, tmp_path / "b", *more, batch_size=1)
     assert first[0].losses == pytest.approx(again[0].losses, rel=1e-6)
-
-
-def test_cached_text_is_encoded_text(inputs, tmp_path):
-    more = ("--network_train_unet_only",)
-    first = result("flux", inputs, tmp_path / "a", *more, batch_size=1)
-    cached = result("flux", inputs, tmp_path / "b", *more, "--cache_text_encoder_outputs", batch_size=1)
-    assert first[0].losses == pytest.approx(cached[0].losses, rel=1e-6)
 
 
 def test_partly_cached_text(inputs, tmp_path):

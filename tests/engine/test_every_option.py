@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.option_rows import ELSEWHERE, EXCEPTIONS, ROWS
+from support.option_rows import ELSEWHERE, EXCEPTIONS, OF_FAMILIES, ROWS
 from support.runs import dataset_toml, events, network_arguments, run_training
 
 from library.base.errors import UserError
 from library.base.safetensors_io import load_file, read_header, save_file_atomic
+from library.families import FAMILIES
 from library.optim.scaler import HalfGradScaler
 from library.options.pending import NO_EFFECT
 from library.options.precision import PrecisionOptions
@@ -36,11 +37,21 @@ def options_of(family):
 
 
 def test_every_option_has_its_row():
-    known = set(ROWS) | set(ELSEWHERE) | set(EXCEPTIONS)
-    every = options_of("sd") | options_of("flux")
-    assert every - known == set(), "these need a row"
-    assert known - every <= {name for family in NO_EFFECT.values() for name in family}
+    shared = set(ROWS) | set(ELSEWHERE) | set(EXCEPTIONS)
+    every = set()
+    for family in FAMILIES:
+        every |= (found := options_of(family))
+        assert found - shared - set(OF_FAMILIES.get(family, ("", ()))[1]) == set(), f"{family}: these need a row"
+    assert shared - every <= {name for family in NO_EFFECT.values() for name in family}
     assert not set(ROWS) & set(ELSEWHERE)
+
+
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_tests_of_families_speak_of_their_options(family):
+    file, names = OF_FAMILIES[family]
+    text = (ROOT / file).read_text()
+    assert [name for name in names if name not in text] == []
+    assert set(names) <= options_of(family)
 
 
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))

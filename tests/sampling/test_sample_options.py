@@ -63,7 +63,7 @@ def test_an_option_that_is_not_read_changes_nothing(family, letters, image_model
 
 def test_a_model_that_is_not_distilled_reads_no_guidance():
     given = {"guidance": 3.5, "prediction_type": "raw", "apply_t5_attn_mask": False}
-    dev, schnell = (FluxDenoisingStrategy(None, distilled=on, **given).sample_defaults for on in (True, False))
+    dev, schnell = (FluxDenoisingStrategy(None, variant=name, **given).sample_defaults for name in ("dev", "schnell"))
     assert dev.why_unread("guidance_scale") is None and schnell.why_unread("guidance_scale")
     assert (dev.guidance, schnell.guidance) == (3.5, None)
 

@@ -291,6 +291,8 @@ ELSEWHERE: dict[str, str] = {
     "blocks_to_swap": "tests/engine/test_computing.py::test_swapped_blocks_change_nothing",
     "model_type": "tests/parity/test_parity_flux.py::test_chroma_equals_diffusers",
     "save_also_as": "tests/third_party/test_dialects.py",
+    "attn_mode": "tests/families/test_anima.py",
+    "split_attn": "tests/families/test_contracts.py::test_other_attention_is_the_same_attention",
     "train_inpainting": "tests/engine/test_inpainting.py::test_a_run_sees_what_is_kept",
     "split_mode": "tests/engine/test_computing.py::test_the_old_flag_of_swapping_and_too_many_blocks",
     "cuda_allow_tf32": "tests/engine/test_every_option.py::test_flags_of_the_back_end",
@@ -312,10 +314,39 @@ ELSEWHERE: dict[str, str] = {
     "full_fp16": "tests/engine/test_every_option.py::test_the_scaler_takes_gradients_in_half_precision",
 }
 
+# family -> file of the tests that show what its own options do
+OF_FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sd3": (
+        "tests/families/test_sd3.py",
+        (
+            *("clip_g", "clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate", "apply_lg_attn_mask"),
+            *("pos_emb_random_crop_rate", "enable_scaled_pos_embed", "training_shift"),
+        ),
+    ),
+    "lumina": (
+        "tests/families/test_lumina.py",
+        (
+            *("gemma2", "gemma2_max_token_length", "system_prompt", "add_system_prompt_to_negative_prompt"),
+            *("use_flash_attn", "use_sage_attn"),
+        ),
+    ),
+    "hunyuan_image": (
+        "tests/families/test_hunyuan_image.py",
+        ("text_encoder", "byt5", "fp8_scaled", "fp8_vl", "text_encoder_cpu", "vae_chunk_size"),
+    ),
+    "anima": (
+        "tests/families/test_anima.py",
+        (
+            *("qwen3", "llm_adapter_path", "t5_tokenizer_path", "qwen3_max_token_length", "t5_max_token_length"),
+            *("attn_mode", "vae_chunk_size", "vae_disable_cache", "qwen_image_vae_2d"),
+        ),
+    ),
+}
+
 # option -> why nothing shows, or cannot show here
 EXCEPTIONS: dict[str, str] = {
     "help": "prints this list",
     "sdpa": "asks for what happens anyway",
     **{name: f"refused: {feature} is not there yet" for name, feature in PENDING_FLAGS.items()},
-    **{name: reason for family in ("*", "sd", "flux") for name, reason in NO_EFFECT.get(family, {}).items()},
+    **{name: reason for family in NO_EFFECT for name, reason in NO_EFFECT.get(family, {}).items()},
 }
