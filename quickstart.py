@@ -246,7 +246,9 @@ def show_next() -> None:
 
 def test(arguments: list[str]) -> int:
     """Run the test suite; returns pytest's exit code."""
-    command = [str(environment_python()), "-m", "pytest", "-m", "not slow and not gpu", *arguments]
+    # two at a time, each file's tests in one process: models are made once per file
+    parallel = ("-n", "2", "--dist", "loadfile")
+    command = [str(environment_python()), "-m", "pytest", "-m", "not slow and not gpu", *parallel, *arguments]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from support.diffusers_layout import to_diffusers
+from support.gradients import gradients_of
 
 from library import flux_utils
 from library.base.safetensors_io import TensorFile, load_file
@@ -199,6 +200,7 @@ def test_autoencoder_equals_diffusers(inputs):
         latents = theirs.encode(images).latent_dist.mean
         close(encode_mode(vae, images), latents)
         close(decode(vae, latents), theirs.decode(latents).sample.clamp(-1, 1))
+    close(*gradients_of(vae, theirs, lambda module: module.encode(images).latent_dist.mean, "encoder.conv_in.weight"))
 
 
 def test_clip_equals_transformers(inputs):
@@ -226,6 +228,8 @@ def test_clip_equals_transformers(inputs):
         ours, other = encoder(ids), theirs.text_model(ids)
     close(ours.pooler_output, other.pooler_output)
     close(ours.last_hidden_state, other.last_hidden_state)
+    name = "encoder.layers.3.mlp.fc1.weight"
+    close(*gradients_of(encoder, theirs.text_model, lambda module: module(ids).last_hidden_state, name))
 
 
 def test_t5_equals_transformers(inputs):
@@ -251,3 +255,5 @@ def test_t5_equals_transformers(inputs):
         for seen in (None, mask):
             ours, other = encoder(ids, attention_mask=seen), theirs(ids, attention_mask=seen)
             close(ours.last_hidden_state, other.last_hidden_state)
+    name = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    close(*gradients_of(encoder, theirs, lambda module: module(ids).last_hidden_state, name))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import diffusers_models
+from support.gradients import gradients_of
 from support.runs import GOLDEN
 
 from library import hunyuan_image_utils
@@ -175,6 +176,8 @@ def test_text_encoder_equals_transformers(inputs):
         reference = theirs(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
     close(mine[0], reference[0])
     close(mine[1, :33], reference[1, :33])
+    name = "layers.1.mlp.up_proj.weight"
+    close(*gradients_of(ours, theirs.language_model, lambda module: module(ids).last_hidden_state, name))
     assert {type(module).__name__ for module in ours.modules()} & {"Qwen2_5_VLVisionBlock"} == set()
 
 
@@ -192,6 +195,8 @@ def test_byt5_equals_transformers(inputs):
     with torch.no_grad():
         mine = ours(ids, attention_mask=mask.float()).last_hidden_state
         close(mine, theirs(ids, attention_mask=mask).last_hidden_state)
+    name = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    close(*gradients_of(ours, theirs, lambda module: module(ids).last_hidden_state, name))
 
 
 def test_other_rotary_axes_come_from_the_file(inputs, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.gradients import gradients_of
 
 from library import sd_utils
 from library.base.safetensors_io import load_file
@@ -71,6 +72,7 @@ def test_autoencoder_equals_diffusers_conversion(checkpoint, inputs):
     images = torch.rand(1, 3, 48, 64) * 2 - 1
     with torch.no_grad():
         close(encode_mode(vae, images), theirs.encode(images).latent_dist.mean)
+    close(*gradients_of(vae, theirs, lambda module: module.encode(images).latent_dist.mean, "encoder.conv_in.weight"))
 
 
 def test_text_encoder_equals_transformers(checkpoint, inputs):
@@ -91,6 +93,8 @@ def test_text_encoder_equals_transformers(checkpoint, inputs):
     ids = torch.randint(0, 900, (2, 77), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         close(encoder(ids).last_hidden_state, theirs(ids).last_hidden_state)
+    name = "encoder.layers.3.mlp.fc1.weight"
+    close(*gradients_of(encoder, theirs, lambda module: module(ids).last_hidden_state, name))
 
 
 def test_noise_process_is_diffusers_scheduler():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import diffusers_models
+from support.gradients import gradients_of
 from support.runs import GOLDEN
 
 from library import sd3_utils
@@ -111,6 +112,8 @@ def test_clip_equals_transformers(inputs, name):
         reference = theirs(ids, attention_mask=seen, output_hidden_states=True)
         close(mine.hidden_states[-2], reference.hidden_states[-2])
         close(mine.text_embeds, reference.text_embeds)
+    layer = "text_model.encoder.layers.1.mlp.fc1.weight"
+    close(*gradients_of(ours, theirs, lambda module: module(ids).text_embeds, layer))
 
 
 def test_autoencoder_equals_diffusers_conversion(inputs):
@@ -126,6 +129,7 @@ def test_autoencoder_equals_diffusers_conversion(inputs):
         latents = encode_mode(vae, images)
         close(latents, theirs.encode(images).latent_dist.mean)
         close(decode(vae, latents), theirs.decode(latents).sample.clamp(-1, 1))
+    close(*gradients_of(vae, theirs, lambda module: module.encode(images).latent_dist.mean, "encoder.conv_in.weight"))
 
 
 def test_positions_are_cut_from_the_middle_or_a_corner():

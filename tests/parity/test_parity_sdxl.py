@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.gradients import gradients_of
 from support.runs import MODEL_FLAGS, MORE_FLAGS
 
 from library import sdxl_utils
@@ -111,6 +112,7 @@ def test_autoencoder_equals_diffusers_conversion(checkpoint, inputs):
     images = torch.rand(1, 3, 48, 64) * 2 - 1
     with torch.no_grad():
         close(encode_mode(vae, images), theirs.encode(images).latent_dist.mean)
+    close(*gradients_of(vae, theirs, lambda module: module.encode(images).latent_dist.mean, "encoder.conv_in.weight"))
 
 
 def other_projection(inputs, tmp_path, name):
