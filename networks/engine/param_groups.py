@@ -137,9 +137,7 @@ class GroupRules:
     matches: Matches = part_of_name
 
     @classmethod
-    def of(
-        cls, arguments: Arguments, factors: Sequence[float] | None, matches: Matches = part_of_name
-    ) -> "GroupRules":
+    def of(cls, arguments: Arguments, factors: Sequence[float] | None, matches: Matches = part_of_name) -> "GroupRules":
         """Rules from the network arguments."""
         general = arguments.get("loraplus_lr_ratio")
         return cls(

@@ -1,18 +1,33 @@
-"""Every available training script through a real `accelerate launch`; every other one answers with one line."""
+"""Every available training script through a real `accelerate launch`, with the recipe of its family."""
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.runs import dataset_toml, events, network_arguments
+from support.runs import (
+    FAMILY,
+    FAMILY_OF,
+    MODEL_FLAGS,
+    MORE_FLAGS,
+    NETWORK_MODULES,
+    Inputs,
+    dataset_toml,
+    events,
+    network_arguments,
+    run_training,
+)
 
 from library.base.safetensors_io import load_file
+from library.families import FAMILIES
+from library.train_util import load_family
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 pytestmark = pytest.mark.e2e
 
 
@@ -28,30 +43,92 @@ def launch(script, *arguments):
     return run([*command, "--mixed_precision", "no", "--dynamo_backend", "no", script, *arguments])
 
 
-@pytest.mark.parametrize(("family", "script"), [("sd", "train_network.py"), ("flux", "flux_train_network.py")])
-def test_launch(family, script, inputs, tmp_path):
-    """Options from a configuration file, data with workers, caches, samples, validation, saving."""
-    toml = dataset_toml(tmp_path, inputs, batch_size=2, dataset="validation_split = 0.2", subset="flip_aug = true")
+# recipe -> the tiny model that stands for the one it names
+RECIPES = {
+    "sd15_lora": "sd",
+    "sdxl_lora": "sdxl",
+    "sd3_lora": "sd35",
+    "flux_lora": "flux",
+    "chroma_lora": "chroma",
+    "lumina_lora": "lumina",
+    "anima_lora": "anima",
+    "hunyuan_image_lora": "hunyuan_image",
+}
+MORE_THAN_A_RUN = ("sd15_lora", "flux_lora")
+ONLY_PLANNED = ("chroma_lora",)  # the script of FLUX.1, which is launched for that
+
+
+def command_of(recipe):
+    """The script that the first line of a recipe names, and the recipe."""
+    words = (CONFIGS / f"{recipe}.toml").read_text(encoding="utf-8").splitlines()[0].split()
+    assert words[:3] == ["#", "accelerate", "launch"] and words[4:] == ["--config_file", f"configs/{recipe}.toml"]
+    return words[3]
+
+
+def recipe_arguments(recipe, inputs, folder, images, **dataset):
+    """A recipe as it is, but for file names, an epoch over so many images, and the number format of the CPU."""
+    data = folder / "data" / "img"
+    data.mkdir(parents=True)
+    names = sorted(path for path in (inputs.folder / "data" / "img").iterdir() if path.suffix != ".txt")[:images]
+    for path in names:
+        for one in (path, path.with_suffix(".txt")):
+            shutil.copy(one, data)
+    model = RECIPES[recipe]
+    more = MORE_FLAGS.get(model, ())
+    short = [part for pair in pairwise(more) for part in pair if pair[0].endswith("max_token_length")]
+    files = [part for flag, name in MODEL_FLAGS[model].items() for part in (flag, inputs.model(name))]
+    return [
+        *("--config_file", str(CONFIGS / f"{recipe}.toml"), *files, *short),
+        *("--tokenizer_cache_dir", str(inputs.folder / "tokenizers")),
+        *("--dataset_config", str(dataset_toml(folder, Inputs(folder), **dataset))),
+        *("--output_dir", str(folder / "out"), "--output_name", "last"),
+        *("--max_train_epochs", "1", "--mixed_precision", "no"),
+    ]
+
+
+def test_every_recipe_and_every_script_is_here():
+    assert set(RECIPES) == {path.stem for path in CONFIGS.glob("*.toml")} - {"dataset"}
+    launched = {command_of(recipe) for recipe in set(RECIPES) - set(ONLY_PLANNED)}
+    assert {FAMILY_OF[script] for script in launched} == {
+        name for name in FAMILIES if "network" in load_family(name).available_tasks
+    }
+    assert all((ROOT / script).is_file() for script in launched)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_planned(recipe, inputs, tmp_path, messages):
+    """With the script that the recipe names; its own settings reach the plan."""
+    assert FAMILY_OF[command_of(recipe)] == FAMILY.get(RECIPES[recipe], RECIPES[recipe])
+    outcome = run_training(RECIPES[recipe], [*recipe_arguments(recipe, inputs, tmp_path, 2), "--dry_run"])
+    assert outcome.state is None and "--dry_run: stopped before training" in messages.text
+    assert f"{NETWORK_MODULES[RECIPES[recipe]]}, dim 16, alpha" in messages.text
+    assert "2 (2 per epoch, 1 epochs)" in messages.text
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in (*MORE_THAN_A_RUN, *ONLY_PLANNED)])
+def test_recipes_run(recipe, inputs, tmp_path):
+    """Two steps, and an adapter that learned something."""
+    arguments = recipe_arguments(recipe, inputs, tmp_path, 2)
+    done = launch(command_of(recipe), *arguments, "--max_data_loader_n_workers", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = load_file(tmp_path / "out" / "last.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in saved.items() if "lora_up" in name)
+    assert [event["step"] for event in events(tmp_path / "out") if event["event"] == "step"] == [1, 2]
+
+
+@pytest.mark.parametrize("recipe", MORE_THAN_A_RUN)
+def test_launch(recipe, inputs, tmp_path):
+    """Data with workers, caches, samples, validation, saving, logs."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2\n")
-    arguments = network_arguments(family, inputs, tmp_path, toml, "--sample_prompts", str(prompts))
-    config = {}
-    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
-        name = flag.removeprefix("--")
-        number = name in (
-            "network_dim",
-            "seed",
-            "max_train_steps",
-            "max_data_loader_n_workers",
-            "t5xxl_max_token_length",
-        )
-        config[name] = int(value) if number else value
-    config["network_alpha"], config["learning_rate"] = 2, 1e-3
-    lines = [f"{name} = {json.dumps(value)}" for name, value in config.items()]
-    file = tmp_path / "config.toml"
-    file.write_text("[any_section]\n" + "\n".join(lines) + "\nsample_every_n_steps = 4\nsave_every_n_steps = 2\n")
-    more = ("--max_data_loader_n_workers", "2", "--gradient_checkpointing", "--logging_dir", str(tmp_path / "logs"))
-    done = launch(script, "--config_file", str(file), *more)
+    varied = {"dataset": "validation_split = 0.2", "subset": "flip_aug = true"}
+    done = launch(
+        command_of(recipe),
+        *recipe_arguments(recipe, inputs, tmp_path, 5, **varied),
+        *("--sample_prompts", str(prompts), "--sample_every_n_steps", "4", "--save_every_n_steps", "2"),
+        *("--max_data_loader_n_workers", "2", "--gradient_checkpointing", "--logging_dir", str(tmp_path / "logs")),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
     assert {path.name for path in out.glob("*.safetensors")} == {

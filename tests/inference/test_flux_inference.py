@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from library.base.errors import FeatureNotAvailable, UserError
 from library.base.safetensors_io import TensorFile, load_file, save_file_atomic
 from library.inference import main, make_images, make_inference_parser, parse_inference
 from library.modules.quantize import is_fp8
+from library.train_util import load_family
 from library.training import inference_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -331,7 +333,9 @@ def test_without_a_seed_every_image_is_another(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--model_type", "chroma"), "--model_type = 'chroma': not available in this version yet"),
+        (("--model_type", "chroma", "--apply_t5_attn_mask", "--guidance", "0"), "is a FLUX.1 checkpoint; leave"),
+        (("--model_type", "chroma", "--apply_t5_attn_mask"), "Chroma was trained with guidance 0; give --guidance 0"),
+        (("--model_type", "chroma", "--guidance", "0"), "Chroma needs --apply_t5_attn_mask"),
         (("--ckpt_path", "nowhere.safetensors"), "--ckpt_path = 'nowhere.safetensors': no such file"),
         (("--ae", "{clip}"), "--ae"),
         (("--lora_weights", "none.safetensors"), "--lora_weights = 'none.safetensors': no such file"),
@@ -365,8 +369,10 @@ def test_missing_files_are_named_together(inputs):
 
 
 def test_families_without_images():
-    with pytest.raises(FeatureNotAvailable, match="cannot be made in this version"):
-        make_inference_parser("sdxl")
+    without = replace(load_family("flux"), inference=None)
+    for ask in (make_inference_parser, lambda family: parse_inference(family, [])):
+        with pytest.raises(FeatureNotAvailable, match="images of it cannot be made in this version"):
+            ask(without)
 
 
 def test_flags_without_effect_are_said(inputs, monkeypatch, tmp_path, messages):

@@ -27,7 +27,12 @@ LUMINA = {**SD, "gemma2": "g", "ae": "a"}
 ANIMA = {**SD, "qwen3": "q", "vae": "v"}
 HUNYUAN_IMAGE = {**SD, "text_encoder": "q", "byt5": "b", "vae": "v"}
 COMPLETE = {
-    **{"sd": SD, "sdxl": SD, "sd3": SD, "flux": FLUX, "lumina": LUMINA, "anima": ANIMA},
+    "sd": SD,
+    "sdxl": SD,
+    "sd3": SD,
+    "flux": FLUX,
+    "lumina": LUMINA,
+    "anima": ANIMA,
     "hunyuan_image": HUNYUAN_IMAGE,
 }
 # a changed value that fits each type; choices and special texts by name
