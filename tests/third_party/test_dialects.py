@@ -11,6 +11,7 @@ from library import flux_utils
 from library.base.errors import UserError
 from library.base.lazy import resolve
 from library.base.safetensors_io import TensorFile, load_file
+from library.modules import unet
 from library.modules.components import Need
 from library.modules.dialects import Exporter
 from library.train_util import load_family, parse_options
@@ -247,3 +248,19 @@ def test_unknown_dialects_are_named():
     options = SimpleNamespace(argv=["--save_also_as", "comfy,kohya"])
     problems = [str(problem) for problem in parse_options("sd", "network", options.argv).problems()]
     assert problems == ["--save_also_as = 'comfy,kohya': expected comfy or diffusers, or both with a comma"]
+
+
+def test_projections_of_version_2_are_linear_in_diffusers(inputs, exported):
+    """Ours are convolutions of one pixel, as other trainers write them."""
+    folder, load = exported("sd2", "--network_train_unet_only")
+    components = load()
+    sample, times, text = noise(1, 4, 16, 16), torch.tensor([400]), noise(1, 77, 64)
+    file = TensorFile(inputs.model("sd21"))
+    linear = unet.load_unet(file, Need(), use_linear_projection=True)
+    with torch.no_grad():
+        plain = components.denoiser(sample, times, text).sample
+        compare([plain * 2], [plain], [linear(sample, times, text).sample])  # the same model
+        linear.load_lora_adapter(load_file(folder / "last-diffusers.safetensors"), prefix="unet")
+        apply("sd2", components, folder / "last.safetensors")
+        ours, theirs = components.denoiser(sample, times, text).sample, linear(sample, times, text).sample
+    compare([plain], [ours], [theirs])
