@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,11 +161,13 @@ def _folder_problems(flag: str, name: str) -> list[Problem]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:
+        return []  # another process of the run looks at the same time, and has just taken its own away
     except OSError as error:
         return [Problem(flag, f"cannot be made: {error.strerror}; choose another folder", str(folder))]
-    finally:  # nothing stays of what is only looked at
+    finally:  # nothing stays of what is only looked at, unless another process has begun to use it
         for place in made:
-            if place.is_dir():
+            with suppress(OSError):
                 place.rmdir()
     return []
 

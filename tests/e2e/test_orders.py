@@ -159,8 +159,7 @@ def test_killed_twenty_times_equals_never(family, inputs, tmp_path):
     assert not list(last.out.glob(".*.tmp")) and not list(last.out.glob(".*.old"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT)])
 def test_a_signal_saves_the_state_and_says_how_to_go_on(number, processes, inputs, tmp_path):
     run = Run("flux", inputs, tmp_path, "--network_train_unet_only", "--cache_latents", processes=processes).stepping()
     os.kill(run.pid(), number)

@@ -96,7 +96,7 @@ EVERYTHING = (
 )
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("family", ["flux"])
 def test_a_run_with_everything_resumed_equals_one_that_was_never_stopped(run, tmp_path, family, monkeypatch):
     """Stopped by a signal in the middle of an epoch, between two saves."""
     prompts = tmp_path / "prompts.txt"

@@ -8,7 +8,7 @@ from library.base.errors import UserError
 from library.base.safetensors_io import load_file
 from library.training import build
 
-FAMILIES = ["sd", "flux"]
+FAMILIES = ["flux"]  # what every family keeps is in tests/families/test_contracts.py
 BF16 = ("--mixed_precision", "bf16")
 
 

@@ -244,11 +244,12 @@ def test_an_option_changes_something(name, inputs, places, plain, tmp_path):
 def test_batches_of_caches(inputs, tmp_path, monkeypatch):
     """How many images and captions the encoders get at a time."""
     sizes = {"images": [], "texts": []}
-    from library.strategy_flux import FluxLatentsCachingStrategy, FluxTokenizeStrategy
+    from library.modules.vae import AutoencoderLatents
+    from library.strategy_flux import FluxTokenizeStrategy
 
-    encode, tokenize = FluxLatentsCachingStrategy.encode, FluxTokenizeStrategy.tokenize
+    encode, tokenize = AutoencoderLatents.encode, FluxTokenizeStrategy.tokenize
     monkeypatch.setattr(
-        FluxLatentsCachingStrategy,
+        AutoencoderLatents,
         "encode",
         lambda self, vae, images: sizes["images"].append(len(images)) or encode(self, vae, images),
     )

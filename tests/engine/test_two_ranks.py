@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.runs import MODEL_FLAGS, dataset_toml, events, network_arguments, run_training
+from support.runs import FAMILY, MODEL_FLAGS, dataset_toml, events, network_arguments, run_training
 
 from library.base.safetensors_io import load_file
+from library.training import checks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ def launch(script, arguments, processes):
     )
 
 
-MODELS = sorted(MODEL_FLAGS)
+MODELS = sorted(set(MODEL_FLAGS) - set(FAMILY))
 
 
 def ranked_arguments(name, inputs, folder, accumulation):
@@ -105,6 +106,19 @@ def test_ranks_share_a_drawn_seed_and_wait_longer_than_a_collective_may(tmp_path
     seeds = re.findall(r"<seed (\d+)>", done.stdout)
     assert len(seeds) == 2 and seeds[0] == seeds[1]
     assert "<rank 0 arrived>" in done.stdout and "<rank 1 arrived>" in done.stdout
+
+
+def test_a_folder_that_another_rank_begins_to_use(tmp_path, monkeypatch):
+    """Looking whether a folder can be made leaves it alone once something is in it."""
+    make = Path.mkdir
+
+    def make_and_use(folder, *arguments, **named):
+        make(folder, *arguments, **named)
+        (folder / "of another rank").touch()
+
+    monkeypatch.setattr(Path, "mkdir", make_and_use)
+    assert checks._folder_problems("--output_dir", str(tmp_path / "out")) == []
+    assert (tmp_path / "out" / "of another rank").is_file()
 
 
 @pytest.mark.dist
