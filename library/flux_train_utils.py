@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from library.base.errors import Problem
 from library.family import ExportPart, Family, InferenceSpec, LatentSpec, Ref, TextSpec
 from library.options.caching import TextCachingOptions
-from library.options.checks import network_argument, text_caching_problems
+from library.options.checks import network_switch, text_caching_problems
 from library.options.control_net import ControlNetOptions
 from library.options.flow import FlowOptions, FlowSamplingOptions
 from library.options.full import FusedUpdateOptions
@@ -90,7 +90,7 @@ def check(options: OptionSet, task: str) -> Iterator[Problem]:
     """Rules between options of FLUX scripts."""
     flux, caching, memory = options[FluxOptions], options[TextCachingOptions], options[MemoryOptions]
     yield from text_caching_problems(options)
-    if caching.active and task == "network" and network_argument(options, "train_t5xxl") == "True":
+    if caching.active and task == "network" and network_switch(options, "train_t5xxl"):
         # CLIP may be trained: its short captions are encoded again in every step, only T5 is kept
         yield Problem("--cache_text_encoder_outputs", "cannot be combined with --network_args train_t5xxl=True")
     if task == "control_net" and flux.model_type != "flux":

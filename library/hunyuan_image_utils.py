@@ -1,5 +1,6 @@
 """Load HunyuanImage 2.1 from its published files: transformer, VAE, Qwen2.5-VL, byT5."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -121,6 +122,12 @@ def _variant(file: TensorFile, prefix: str) -> Variant:
     return Variant(name="2.1", base_model_version="hunyuan-image-2.1", config={"params": params})
 
 
+def _check_width(flag: str, path: str, width: int, read: int) -> None:
+    if width != read:
+        message = f"has states of width {width}, but this model reads {read}; name the file that belongs to it"
+        raise CheckpointError(flag, path, message)
+
+
 def inspect(options: OptionSet) -> Variant:
     """Read the headers of every file the run names, before any weights load.
 
@@ -129,13 +136,18 @@ def inspect(options: OptionSet) -> Variant:
     """
     file, prefix = open_transformer(options.value("pretrained_model_name_or_path"))
     parts = _open_parts(options)
+    variant = _variant(file, prefix)
+    params, text, byt5 = variant.config["params"], parts["text_encoder"], parts["byt5"]
+    language = KnownShapes({ours: text.shapes[name] for ours, name in qwen25_vl_names(text).items()}, text.path)
+    _check_width("--text_encoder", options.value("text_encoder"), language["embed_tokens.weight"][1], params.text_size)
+    _check_width("--byt5", options.value("byt5"), byt5.shapes[_BYT5_MARK][1], params.glyph_size)
     sizes = {
         "transformer": file.num_parameters(prefix),
-        "Qwen2.5-VL": parts["text_encoder"].num_parameters("model."),
-        "byT5": parts["byt5"].num_parameters(),
+        "Qwen2.5-VL": sum(math.prod(shape) for shape in language.values()),
+        "byT5": byt5.num_parameters(),
         "VAE": parts["vae"].num_parameters(),
     }
-    return replace(_variant(file, prefix), num_parameters=sizes)
+    return replace(variant, num_parameters=sizes)
 
 
 def identities(options: OptionSet) -> dict[str, str]:

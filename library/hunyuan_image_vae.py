@@ -18,7 +18,7 @@ from library.modules.components import Need
 from library.modules.loading import highest_index, load_module, merge_config, readers
 
 SCALE = 0.75289
-MARK = "encoder.down.0.downsample.conv.weight"
+MARK = "decoder.up.0.upsample.conv.weight"  # the levels of other autoencoders are numbered the other way round
 _ATTENTION = {"norm": "norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "proj"}
 
 

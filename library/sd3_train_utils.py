@@ -6,7 +6,7 @@ from typing import Any
 
 from library.base.errors import Problem
 from library.family import ExportPart, Family, InferenceSpec, LatentSpec, Ref, TextSpec
-from library.options.checks import network_argument, text_caching_problems
+from library.options.checks import network_switch, text_caching_problems
 from library.options.flow import FlowOptions
 from library.options.full import FusedUpdateOptions, TextEncoderTrainingOptions
 from library.options.ranges import above, at_least, exclusive, share
@@ -90,9 +90,7 @@ class Sd3FullOptions:
 def check(options: OptionSet, task: str) -> Iterator[Problem]:
     """Rules between options of SD3 scripts."""
     if task == "network":
-        yield from text_caching_problems(
-            options, trains_cached_encoders=network_argument(options, "train_t5xxl") == "True"
-        )
+        yield from text_caching_problems(options, trains_cached_encoders=network_switch(options, "train_t5xxl"))
         return
     encoders, parts = options[TextEncoderTrainingOptions], options[Sd3FullOptions]
     trained = (encoders.train_text_encoder and not parts.use_t5xxl_cache_only) or parts.train_t5xxl

@@ -101,8 +101,8 @@ def text_caching_problems(options: OptionSet, *, trains_cached_encoders: bool = 
         yield Problem("--token_warmup_step", f"cannot be combined with {flag}: captions grow while training")
 
 
-def network_argument(options: OptionSet, name: str) -> str | None:
-    """The value of one of the `key=value` texts of --network_args."""
+def network_switch(options: OptionSet, name: str) -> bool:
+    """Whether one of the `key=value` texts of --network_args switches something on, as networks spell it."""
     network = options.get(NetworkOptions)
     pairs = (text.partition("=") for text in (network.network_args if network else None) or ())
-    return next((value for key, _, value in pairs if key == name), None)
+    return any(key == name and value.lower() in ("true", "1", "yes", "on") for key, _, value in pairs)
