@@ -11,6 +11,7 @@ from library.diffusion.flow import discrete_sigmas
 from library.modules.clip import load_clip_text
 from library.modules.components import Need
 from library.modules.vae import encode_mode, load_vae
+from library.train_util import make_options
 
 pytestmark = pytest.mark.parity
 
@@ -90,6 +91,32 @@ def test_text_encoder_equals_transformers(checkpoint, inputs):
     theirs = CLIPTextModel(config).eval()
     state = part(inputs.model("sd15"), "cond_stage_model.transformer.text_model.")
     theirs.load_state_dict({key: value for key, value in state.items() if key in theirs.state_dict()})
+    ids = torch.randint(0, 900, (2, 77), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        close(encoder(ids).last_hidden_state, theirs(ids).last_hidden_state)
+    name = "encoder.layers.3.mlp.fc1.weight"
+    close(*gradients_of(encoder, theirs, lambda module: module(ids).last_hidden_state, name))
+
+
+def test_text_encoder_of_version_2_equals_transformers(inputs):
+    """OpenCLIP's tower without its last block, against diffusers' conversion."""
+    from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    options = make_options("sd", "network", {"pretrained_model_name_or_path": inputs.model("sd21")})
+    (encoder,) = sd_utils.load_components(options, Need(denoiser=False, vae=False)).text_encoders
+    config = CLIPTextConfig(
+        vocab_size=914,
+        hidden_size=64,
+        intermediate_size=encoder.config.intermediate_size,
+        num_hidden_layers=23,
+        num_attention_heads=1,
+        hidden_act="gelu",
+    )
+    theirs = CLIPTextModel(config).eval()
+    state = convert_open_clip_checkpoint(theirs, load_file(inputs.model("sd21")), prefix="cond_stage_model.model.")
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}
+    theirs.load_state_dict({key: tensor for key, tensor in bare.items() if key in theirs.state_dict()})
     ids = torch.randint(0, 900, (2, 77), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         close(encoder(ids).last_hidden_state, theirs(ids).last_hidden_state)
