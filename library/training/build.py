@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from library.base.dtypes import dtype_from_name
 from library.base.errors import UserError
@@ -17,7 +16,6 @@ from library.modules.attention import use_attention
 from library.modules.checkpointing import checkpointed
 from library.modules.compiling import compile_blocks
 from library.modules.components import Components, Need
-from library.modules.quantize import prepare_fp8
 from library.modules.swapping import BlockSwapper
 from library.optim.driver import OptimizerDriver
 from library.optim.registry import build_optimizer
@@ -55,7 +53,7 @@ from library.training.outputs import (
     make_services,
     record_meta,
 )
-from library.training.plan import autocast_context
+from library.training.plan import autocast_context, preparations
 from library.training.readable import fill_caches, make_conditioning, make_disk_caches
 from library.training.replay import FailureWriter, Replay
 from library.training.report import Progress
@@ -96,24 +94,8 @@ def needed(setting: Setting, caches: DiskCaches | None, *, replayed: bool) -> Ne
         vae_dtype=plan.vae_dtype,
         device=setting.device,
         denoiser_device=waiting,
-        **_preparations(setting),
+        **preparations(options, setting.strategies),
     )
-
-
-def _preparations(setting: Setting) -> dict[str, Callable[[nn.Module], None]]:
-    """How the parts keep their weights: with `--fp8_base` the blocks of denoiser and text encoders in 8 bits.
-
-    Some families have flags of their own for one of the parts.
-    """
-    precision, own = setting.plan.options[PrecisionOptions], setting.plan.options.values()
-    denoising, text = setting.strategies.denoising, setting.strategies.text_encoding
-    prepared: dict[str, Callable[[nn.Module], None]] = {}
-    if precision.fp8_base or precision.fp8_base_unet or own.get("fp8_scaled"):
-        prepared["prepare_denoiser"] = lambda module: prepare_fp8(denoising.blocks(module))
-    if (precision.fp8_base and not precision.fp8_base_unet) or own.get("fp8_vl"):
-        # transformers gives T5's `wo` inputs of the format of its weight
-        prepared["prepare_text_encoder"] = lambda module: prepare_fp8(text.blocks(module), skip=("wo",))
-    return prepared
 
 
 def load(setting: Setting, need: Need) -> Components:

@@ -18,7 +18,7 @@ from library.training.checks import Inspected, inspect_data
 from library.training.conditioning import encode_with_all
 from library.training.distributed import start_processes
 from library.training.latents import LatentEncoder
-from library.training.plan import autocast_context, read_settings, weight_dtypes
+from library.training.plan import autocast_context, preparations, read_settings, weight_dtypes
 from library.training.report import dataset_rows, table
 
 
@@ -87,6 +87,7 @@ def _load(setting: CacheSetting, inspected: Inspected, caches: DiskCaches) -> Co
         dtype=dtype,
         vae_dtype=vae_dtype,
         device=setting.processes.device,
+        **preparations(setting.options, setting.strategies),
     )
     components: Components = resolve(setting.family.load)(setting.options, need)
     components.freeze()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from library.base.dtypes import dtype_from_name
 from library.checkpoint.saver import Names
@@ -15,6 +16,7 @@ from library.data.build import ImageSets
 from library.data.dataset import LatentReader, ReadSettings, TextReader, TrainDataset
 from library.data.images import parse_background
 from library.modules.components import Variant
+from library.modules.quantize import prepare_fp8
 from library.options.caching import CachingOptions, TextCachingOptions
 from library.options.data import DataOptions
 from library.options.loss import LossOptions
@@ -22,6 +24,7 @@ from library.options.model import ModelOptions
 from library.options.precision import PrecisionOptions
 from library.options.schedule import LengthOptions
 from library.options.schema import OptionSet
+from library.strategy_base import Strategies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,3 +158,27 @@ def bucket_rows(images: ImageSets) -> Sequence[tuple[int, tuple[int, int], int, 
             losses = [place.crop_loss for place in dataset.placements if place.bucket == bucket]
             rows.append((number, bucket, count, sum(losses) / len(losses)))
     return rows
+
+
+def narrow_denoiser(options: OptionSet) -> bool:
+    """Whether the denoiser's blocks keep their weights in 8 bits; some families have a flag of their own for it."""
+    precision = options[PrecisionOptions]
+    return bool(precision.fp8_base or precision.fp8_base_unet or options.values().get("fp8_scaled"))
+
+
+def narrow_text_encoders(options: OptionSet) -> bool:
+    """The same of text encoders."""
+    precision = options[PrecisionOptions]
+    return bool((precision.fp8_base and not precision.fp8_base_unet) or options.values().get("fp8_vl"))
+
+
+def preparations(options: OptionSet, strategies: Strategies) -> dict[str, Callable[[nn.Module], None]]:
+    """How the parts keep their weights, as arguments of `Need`."""
+    denoising, text = strategies.denoising, strategies.text_encoding
+    prepared: dict[str, Callable[[nn.Module], None]] = {}
+    if narrow_denoiser(options):
+        prepared["prepare_denoiser"] = lambda module: prepare_fp8(denoising.blocks(module))
+    if narrow_text_encoders(options):
+        # transformers gives T5's `wo` inputs of the format of its weight
+        prepared["prepare_text_encoder"] = lambda module: prepare_fp8(text.blocks(module), skip=("wo",))
+    return prepared

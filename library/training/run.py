@@ -56,6 +56,8 @@ from library.training.memory import available_bytes, module_bytes, readable
 from library.training.plan import (
     RunPlan,
     data_workers,
+    narrow_denoiser,
+    narrow_text_encoders,
     training_length,
     wants_latent_cache,
     wants_text_cache,
@@ -523,11 +525,11 @@ def _rate_facts(options: OptionSet, steps: int) -> dict[str, str]:
 
 def _memory_estimate(plan: RunPlan, free: int | None) -> str:
     """Bytes of the weights from the files' headers; adapters, activations and the optimizer come on top."""
-    precision = plan.options[PrecisionOptions]
     counts = dict(plan.variant.num_parameters)
-    small = list(counts)[:1] if precision.fp8_base or precision.fp8_base_unet else []  # the denoiser comes first
-    if precision.fp8_base and not precision.fp8_base_unet:
-        small = [name for name in counts if name != "VAE"]
+    denoiser, *others = counts
+    small = [denoiser] if narrow_denoiser(plan.options) else []
+    if narrow_text_encoders(plan.options):
+        small += [name for name in others if name not in ("VAE", "byT5")]
     parts = {name: count * (1 if name in small else plan.dtype.itemsize) for name, count in counts.items()}
     total = sum(parts.values())
     detail = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())

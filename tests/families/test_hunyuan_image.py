@@ -1,5 +1,6 @@
 """HunyuanImage 2.1: long and quoted prompts, samples, caches, its flags, foreign files."""
 
+import re
 import shutil
 
 import numpy as np
@@ -17,7 +18,7 @@ from library.modules.components import Need
 from library.modules.quantize import is_fp8
 from library.sampling.prompts import make_request
 from library.strategy_hunyuan_image import HunyuanImageConditioning, build_strategies, quoted
-from library.train_util import find_problems, make_options
+from library.train_util import cache_main, find_problems, make_options
 from library.training import build
 
 pytestmark = pytest.mark.family
@@ -311,6 +312,37 @@ def test_the_language_model_in_8_bits(inputs, tmp_path, plain, components):
     loaded = components[0]
     assert narrow_layers(loaded.text_encoders[0]) and not narrow_layers(loaded.text_encoders[1])
     assert not narrow_layers(loaded.denoiser)
+
+
+@pytest.mark.parametrize(("flag", "narrow"), [("--fp8_scaled", "transformer"), ("--fp8_vl", "Qwen2.5-VL")])
+def test_the_plan_counts_8_bits_as_a_byte(inputs, tmp_path, messages, flag, narrow):
+    def sizes(*flags):
+        messages.clear()
+        train(inputs, tmp_path, "--dry_run", *flags)
+        (line,) = (line for line in messages.text.splitlines() if line.lstrip().startswith("memory"))
+        found = re.findall(r"([\w.-]+) ([\d.]+) ([KM])iB", line.partition("(")[2])
+        return {name: float(number) * {"K": 1, "M": 1024}[unit] for name, number, unit in found}
+
+    plain, small = sizes(), sizes(flag)
+    assert {name for name in plain if plain[name] != small[name]} == {narrow}
+    assert plain[narrow] / small[narrow] == pytest.approx(4, rel=0.05)
+
+
+def test_captions_are_encoded_ahead_in_8_bits_too(inputs, tmp_path):
+    """By the tool as by a training."""
+    images, states = tmp_path / "img", {}
+    shutil.copytree(inputs.folder / "data" / "img", images)
+    toml = dataset_toml(tmp_path, inputs)
+    toml.write_text(toml.read_text().replace(str(inputs.folder / "data" / "img"), str(images)))
+    for flags in ((), ("--fp8_vl",)):
+        arguments = [*inputs.base("hunyuan_image"), "--dataset_config", str(toml), *flags]
+        cache_main(["--family", "hunyuan_image", *arguments], texts=True)
+        path = images / "cat_hi_te.npz"
+        states[flags] = np.load(path)["vlm_embed"]
+        for file in images.glob("*.npz"):
+            file.unlink()
+    plain, narrow = states.values()
+    assert 0 < np.abs(plain - narrow).mean() < 0.2 * np.abs(plain).mean()
 
 
 def test_text_encoders_stay_on_the_cpu(inputs):
