@@ -160,9 +160,7 @@ def _folder_problems(flag: str, name: str) -> list[Problem]:
         return [Problem(flag, f"cannot be written: no permission for {existing}; choose another folder", str(folder))]
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError:
-        return []  # another process of the run looks at the same time, and has just taken its own away
+        _make(folder)
     except OSError as error:
         return [Problem(flag, f"cannot be made: {error.strerror}; choose another folder", str(folder))]
     finally:  # nothing stays of what is only looked at, unless another process has begun to use it
@@ -170,6 +168,18 @@ def _folder_problems(flag: str, name: str) -> list[Problem]:
             with suppress(OSError):
                 place.rmdir()
     return []
+
+
+def _make(folder: Path, attempts: int = 3) -> None:
+    """Make a folder, although another process of the run may just take away what it looked at itself."""
+    for attempt in range(attempts):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:
+            if attempt + 1 == attempts:
+                raise
+            continue
+        return
 
 
 def _images(family: Family, options: OptionSet, seed: int, *, is_main: bool) -> ImageSets:

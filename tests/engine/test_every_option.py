@@ -64,6 +64,15 @@ def test_tests_elsewhere_exist_and_speak_of_the_option(name):
         assert name in text
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_caches_stay(inputs):
+    """Other files' tests count on photographs without caches beside them."""
+    yield
+    for pattern in ("*.npz", "*.safetensors"):
+        for path in (inputs.folder / "data").rglob(pattern):
+            path.unlink()
+
+
 @pytest.fixture(scope="module")
 def places(inputs, tmp_path_factory):
     """Files that rows name."""
