@@ -29,7 +29,6 @@ from library.options.debug import RecordOptions
 from library.options.loss import LossOptions
 from library.options.network import NetworkOptions
 from library.options.optimizer import OptimizerOptions
-from library.options.precision import PrecisionOptions
 from library.options.sampling import SamplingOptions
 from library.options.saving import SavingOptions
 from library.options.schema import OptionSet
@@ -38,6 +37,7 @@ from library.sampling.prompts import SampleDefaults, SampleRequest, read_prompts
 from library.strategy_base import Strategies
 from library.tracking.trackers import check_trackers
 from library.training.network_adapter import import_network_module, is_ours, parse_network_arguments
+from library.training.plan import narrow_denoiser, narrow_text_encoders
 
 T = TypeVar("T")
 
@@ -135,9 +135,9 @@ def _check_computing(options: OptionSet) -> None:
         if compiling.dynamo_backend not in known:
             message = f"this torch has no such backend; it has {', '.join(known)}"
             raise UserError("--dynamo_backend", compiling.dynamo_backend, message)
-    precision, network = options[PrecisionOptions], options[NetworkOptions]
-    if network.base_weights and (precision.fp8_base or precision.fp8_base_unet):
-        message = "cannot be merged into 8-bit weights; merge them into the model file first, or leave --fp8_base out"
+    network = options[NetworkOptions]
+    if network.base_weights and (narrow_denoiser(options) or narrow_text_encoders(options)):
+        message = "cannot be merged into 8-bit weights; merge them into the model file first, or leave the fp8 flag out"
         raise UserError("--base_weights", ", ".join(network.base_weights), message)
 
 

@@ -12,7 +12,7 @@ from support.runs import MODEL_FLAGS, dataset_toml, network_arguments, run_train
 from transformers import ByT5Tokenizer
 
 from library import hunyuan_image_utils
-from library.base.errors import CheckpointError
+from library.base.errors import CheckpointError, UserError
 from library.base.safetensors_io import TensorFile, load_file, read_header, save_file_atomic
 from library.modules.components import Need
 from library.modules.quantize import is_fp8
@@ -326,6 +326,12 @@ def test_the_plan_counts_8_bits_as_a_byte(inputs, tmp_path, messages, flag, narr
     plain, small = sizes(), sizes(flag)
     assert {name for name in plain if plain[name] != small[name]} == {narrow}
     assert plain[narrow] / small[narrow] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("flag", ["--fp8_scaled", "--fp8_vl"])
+def test_adapters_cannot_be_merged_into_8_bits(inputs, tmp_path, flag):
+    with pytest.raises(UserError, match="--base_weights.*8-bit"):
+        train(inputs, tmp_path, flag, "--base_weights", __file__)
 
 
 def test_captions_are_encoded_ahead_in_8_bits_too(inputs, tmp_path):
